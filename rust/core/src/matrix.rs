@@ -1,0 +1,127 @@
+//! Borrowed rows of `f32`, checked once at the door.
+
+use crate::error::{Error, Result};
+
+/// The largest magnitude that is accepted: beyond it squared distances would overflow `f32`.
+pub const MAX_MAGNITUDE: f32 = 1e15;
+
+/// Rows of `f32`, row-major and contiguous.
+#[derive(Clone, Copy, Debug)]
+pub struct Matrix<'a> {
+    data: &'a [f32],
+    rows: usize,
+    dim: usize,
+}
+
+impl<'a> Matrix<'a> {
+    /// `data` as rows of `dim` values. Values are not looked at: see [`Matrix::check`].
+    pub fn new(data: &'a [f32], dim: usize) -> Result<Self> {
+        if dim == 0 || !data.len().is_multiple_of(dim) {
+            return Err(Error::shape("X", format!("{} values", data.len()), format!("whole rows of {dim} values")));
+        }
+        Ok(Matrix { data, rows: data.len() / dim, dim })
+    }
+
+    /// Refuses NaN, infinity and values whose squares would overflow.
+    pub fn check(&self) -> Result<()> {
+        // Several rows at a time: the common case is one fast pass without a branch per value.
+        let step = (1 << 14) / self.dim + 1;
+        for (number, block) in self.data.chunks(step * self.dim).enumerate() {
+            if block.iter().fold(true, |fine, v| fine & (v.abs() <= MAX_MAGNITUDE)) {
+                continue;
+            }
+            let at = block.iter().position(|v| !(v.abs() <= MAX_MAGNITUDE)).unwrap_or(0);
+            let (row, column, value) = (number * step + at / self.dim, at % self.dim, block[at]);
+            return Err(if value.is_finite() {
+                Error::OutOfRange {
+                    what: format!("X has {value:e} at row {row}, column {column}"),
+                    why: format!("magnitudes above {MAX_MAGNITUDE:e} overflow squared distances in float32; scale the table down first"),
+                }
+            } else {
+                Error::NotFinite { row, column, value: if value.is_nan() { "NaN" } else { "infinity" } }
+            });
+        }
+        Ok(())
+    }
+
+    /// Number of rows.
+    pub fn rows(&self) -> usize {
+        self.rows
+    }
+
+    /// Values in a row.
+    pub fn dim(&self) -> usize {
+        self.dim
+    }
+
+    /// All values, row after row.
+    pub fn data(&self) -> &'a [f32] {
+        self.data
+    }
+
+    /// One row.
+    pub fn row(&self, row: usize) -> &'a [f32] {
+        &self.data[row * self.dim..(row + 1) * self.dim]
+    }
+
+    /// The rows of a range.
+    pub fn block(&self, range: std::ops::Range<usize>) -> Matrix<'a> {
+        Matrix { data: &self.data[range.start * self.dim..range.end * self.dim], rows: range.len(), dim: self.dim }
+    }
+}
+
+/// Rows with optional weights: what a fit sees.
+#[derive(Clone, Copy, Debug)]
+pub struct Sample<'a> {
+    /// The rows.
+    pub rows: Matrix<'a>,
+    /// One weight a row, finite and not negative, with a positive sum.
+    pub weights: Option<&'a [f64]>,
+}
+
+impl<'a> Sample<'a> {
+    /// Rows with weights, both checked: at least one row, everything finite, weights not negative, not all zero.
+    pub fn new(rows: Matrix<'a>, weights: Option<&'a [f64]>) -> Result<Self> {
+        if rows.rows() == 0 {
+            return Err(Error::shape("X", "0 rows", "at least 1 row"));
+        }
+        rows.check()?;
+        if let Some(weights) = weights {
+            if weights.len() != rows.rows() {
+                let found = format!("{} values", weights.len());
+                return Err(Error::shape("sample_weight", found, format!("one for each of the {} rows", rows.rows())));
+            }
+            if let Some(at) = weights.iter().position(|w| !(w.is_finite() && *w >= 0.0)) {
+                return Err(Error::parameter(
+                    format!("sample_weight[{at}]"),
+                    weights[at],
+                    "weights must be finite and not negative",
+                ));
+            }
+            if weights.iter().all(|w| *w == 0.0) {
+                return Err(Error::parameter("sample_weight", "all zero", "at least one weight must be positive"));
+            }
+        }
+        Ok(Sample { rows, weights })
+    }
+
+    /// Number of rows.
+    pub fn len(&self) -> usize {
+        self.rows.rows()
+    }
+
+    /// Never true: a sample has at least one row.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Values in a row.
+    pub fn dim(&self) -> usize {
+        self.rows.dim()
+    }
+
+    /// Weight of one row; 1 where no weights were given.
+    pub fn weight(&self, row: usize) -> f64 {
+        self.weights.map_or(1.0, |w| w[row])
+    }
+}

@@ -1,0 +1,164 @@
+//! The crate's own threads, and the context of a long call.
+//!
+//! Pools are made on first use, one per size, and kept. A forked child sees that its process number differs and makes
+//! its own: the parent's threads do not exist there.
+
+use crate::error::{Error, Result};
+use rayon::prelude::*;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+
+struct Pool {
+    process: u32,
+    threads: usize,
+    pool: rayon::ThreadPool,
+}
+
+/// Every pool that was made. Slots are filled once, in order, and never emptied; reading them takes no lock, because a
+/// lock could be held by another thread at the moment of a fork.
+static POOLS: [OnceLock<Pool>; 128] = [const { OnceLock::new() }; 128];
+
+/// How many threads a call may use: `n_jobs` as scikit-learn reads it (-1: all, -2: all but one), else
+/// `VQRS_NUM_THREADS`, `RAYON_NUM_THREADS`, or the cores that this process may use (affinity and cgroup).
+pub fn threads(n_jobs: Option<i64>) -> usize {
+    let cores = || std::thread::available_parallelism().map_or(1, |n| n.get());
+    let from_env = |name: &str| std::env::var(name).ok().and_then(|v| v.trim().parse::<usize>().ok()).filter(|n| *n > 0);
+    match n_jobs {
+        Some(n) if n > 0 => n as usize,
+        Some(n) if n < 0 => (cores() as i64 + 1 + n).max(1) as usize,
+        _ => from_env("VQRS_NUM_THREADS").or_else(|| from_env("RAYON_NUM_THREADS")).unwrap_or_else(cores),
+    }
+    .min(1024)
+}
+
+fn pool(threads: usize) -> &'static rayon::ThreadPool {
+    let process = std::process::id();
+    let fits = |entry: &&Pool| entry.process == process && entry.threads == threads;
+    let mine = || POOLS.iter().map_while(|slot| slot.get());
+    if let Some(entry) = mine().find(fits) {
+        return &entry.pool;
+    }
+    let pool = rayon::ThreadPoolBuilder::new()
+        .num_threads(threads)
+        .thread_name(|i| format!("vqrs-{i}"))
+        .build()
+        .expect("the system starts a thread");
+    let mut entry = Pool { process, threads, pool };
+    for slot in &POOLS {
+        match slot.set(entry) {
+            Ok(()) => break,
+            Err(back) => entry = back,
+        }
+    }
+    // With every slot taken (128 sizes and forks on the way to here), share a pool of another size.
+    let made = || mine().filter(|entry| entry.process == process);
+    &mine().find(fits).or_else(|| made().next()).expect("a forked child keeps a slot for its own pool").pool
+}
+
+/// How far a long call has come; read by another thread.
+#[derive(Debug, Default)]
+pub struct Progress {
+    stage: Mutex<&'static str>,
+    done: AtomicU64,
+    total: AtomicU64,
+}
+
+impl Progress {
+    /// The stage's name, the work done and the work in all.
+    pub fn read(&self) -> (&'static str, u64, u64) {
+        let stage = *self.stage.lock().unwrap_or_else(PoisonError::into_inner);
+        (stage, self.done.load(Ordering::Relaxed), self.total.load(Ordering::Relaxed))
+    }
+}
+
+/// What every long call carries: threads, seed, the wish to stop, and progress.
+#[derive(Clone, Debug)]
+pub struct Context {
+    threads: usize,
+    /// Seed of everything random.
+    pub seed: u64,
+    cancelled: Arc<AtomicBool>,
+    progress: Arc<Progress>,
+}
+
+impl Default for Context {
+    fn default() -> Self {
+        Context::new(None, 0)
+    }
+}
+
+impl Context {
+    /// A context with `n_jobs` threads (see [`threads`]) and a seed.
+    pub fn new(n_jobs: Option<i64>, seed: u64) -> Self {
+        Context { threads: threads(n_jobs), seed, cancelled: Arc::default(), progress: Arc::default() }
+    }
+
+    /// Threads that this call may use.
+    pub fn threads(&self) -> usize {
+        self.threads
+    }
+
+    /// The same context with another seed (progress and cancellation stay shared).
+    pub fn with_seed(&self, seed: u64) -> Self {
+        Context { seed, ..self.clone() }
+    }
+
+    /// Asks the call to stop; it returns [`Error::Interrupted`] at its next check.
+    pub fn cancel(&self) {
+        self.cancelled.store(true, Ordering::Relaxed);
+    }
+
+    /// Fails once [`Context::cancel`] was called. Cheap: call it once a block of rows.
+    pub fn check(&self) -> Result<()> {
+        if self.cancelled.load(Ordering::Relaxed) {
+            return Err(Error::Interrupted);
+        }
+        Ok(())
+    }
+
+    /// Where progress can be read.
+    pub fn progress(&self) -> &Arc<Progress> {
+        &self.progress
+    }
+
+    /// Starts a stage of `total` units of work.
+    pub fn stage(&self, name: &'static str, total: u64) {
+        *self.progress.stage.lock().unwrap_or_else(PoisonError::into_inner) = name;
+        self.progress.done.store(0, Ordering::Relaxed);
+        self.progress.total.store(total, Ordering::Relaxed);
+    }
+
+    /// Counts work as done.
+    pub fn advance(&self, units: u64) {
+        self.progress.done.fetch_add(units, Ordering::Relaxed);
+    }
+
+    /// Runs `work` inside the pool, so that parallel iterators in it use this context's threads.
+    pub fn install<R: Send>(&self, work: impl FnOnce() -> R + Send) -> R {
+        pool(self.threads).install(work)
+    }
+
+    /// Runs `work(index, chunk)` over chunks of `size` values of `out`, in parallel and stopping early when cancelled.
+    /// Chunk borders depend on `size` alone, so results do not depend on the number of threads.
+    pub fn chunks<T: Send>(
+        &self,
+        out: &mut [T],
+        size: usize,
+        work: impl Fn(usize, &mut [T]) -> Result<()> + Sync,
+    ) -> Result<()> {
+        let run = |(index, chunk): (usize, &mut [T])| self.check().and_then(|()| work(index, chunk));
+        if self.threads == 1 || out.len() <= size {
+            return out.chunks_mut(size).enumerate().try_for_each(run);
+        }
+        self.install(|| out.par_chunks_mut(size).enumerate().try_for_each(run))
+    }
+
+    /// `work(0), ..., work(count - 1)` in parallel, results in order.
+    pub fn map<T: Send>(&self, count: usize, work: impl Fn(usize) -> Result<T> + Sync) -> Result<Vec<T>> {
+        let run = |index: usize| self.check().and_then(|()| work(index));
+        if self.threads == 1 || count <= 1 {
+            return (0..count).map(run).collect();
+        }
+        self.install(|| (0..count).into_par_iter().map(run).collect())
+    }
+}
