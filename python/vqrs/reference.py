@@ -1,0 +1,475 @@
+"""Every decoder form and every encoder once more, in plain NumPy: slow, readable, and the judge of the compiled core.
+
+Start reading here. A *decoder* turns the bytes of a row into ``float32`` values; there are few forms of it, and
+:func:`decode` picks one by the name in its description. An *encoder* picks the bytes; there is one for each kind of
+quantizer, and it is what the paper that is named beside it says, without any of the tricks that make it fast.
+
+Decoding agrees with the core in every bit. Encoding agrees with it wherever two choices differ by more than the
+rounding of ``float32``.
+
+Examples
+--------
+>>> import numpy as np
+>>> description = {"form": "books", "dim": 2, "bits": 1, "scale": 0.5, "dtype": "float32",
+...                "groups": [{"width": 1, "starts": [0, 1]}]}
+>>> tensors = {"codebooks.0": np.array([[[2.0], [4.0]], [[6.0], [8.0]]], np.float32)}
+>>> decode(description, tensors, np.array([[0b00], [0b01], [0b10]], np.uint8))
+array([[1., 3.],
+       [2., 3.],
+       [1., 4.]], dtype=float32)
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = [
+    "decode",
+    "decode_books",
+    "decode_levels",
+    "encode_kmeans",
+    "encode_product",
+    "encode_residual",
+    "encode_scalar",
+    "fused_multiply_add",
+    "pack_bits",
+    "pool",
+    "search",
+    "unpack_bits",
+]
+
+Tensors = Mapping[str, NDArray[Any]]
+
+COVERED = 1e-3
+"""The part of a step by which the top level of a row may stay below the row's maximum."""
+
+
+# ---- bits ----------------------------------------------------------------------------------------------------------
+
+
+def pack_bits(fields: NDArray[np.integer], bits: int) -> NDArray[np.uint8]:
+    """Integers of a fixed width in bytes, least significant bit first, each row padded with zero bits to a whole byte.
+
+    Parameters
+    ----------
+    fields : integers of shape (n_rows, n_fields), each from 0 to ``2**bits - 1``
+    bits : width of a field
+
+    Returns
+    -------
+    uint8 array of shape (n_rows, ceil(n_fields * bits / 8))
+
+    Examples
+    --------
+    >>> pack_bits(np.array([[1, 2, 3]]), bits=4)
+    array([[33,  3]], dtype=uint8)
+    """
+    single_bits = (np.asarray(fields)[:, :, None] >> np.arange(bits)) & 1
+    return np.packbits(single_bits.reshape(len(fields), -1).astype(np.uint8), axis=1, bitorder="little")
+
+
+def unpack_bits(codes: NDArray[np.uint8], bits: int, n_fields: int) -> NDArray[np.int64]:
+    """The first ``n_fields`` integers of each row: what :func:`pack_bits` packed.
+
+    Parameters
+    ----------
+    codes : uint8 array of shape (n_rows, n_bytes)
+    bits : width of a field
+    n_fields : fields to read of each row
+
+    Returns
+    -------
+    int64 array of shape (n_rows, n_fields)
+
+    Examples
+    --------
+    >>> unpack_bits(np.array([[33, 3]], np.uint8), bits=4, n_fields=3)
+    array([[1, 2, 3]])
+    """
+    single_bits = np.unpackbits(codes, axis=1, count=bits * n_fields, bitorder="little")
+    return single_bits.reshape(len(codes), n_fields, bits).astype(np.int64) @ (1 << np.arange(bits))
+
+
+# ---- decoding ------------------------------------------------------------------------------------------------------
+
+
+def decode(description: str | Mapping[str, Any], tensors: Tensors, codes: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """Rows of a table from their codes.
+
+    Parameters
+    ----------
+    description : the decoder's description, a mapping or its JSON text
+    tensors : the decoder's tensors by name, as stored (bfloat16 as uint16)
+    codes : uint8 array of shape (n_rows, row_bytes)
+
+    Returns
+    -------
+    float32 array of shape (n_rows, dim)
+
+    Raises
+    ------
+    ValueError
+        If no decoder has this form.
+    """
+    if isinstance(description, str):
+        description = json.loads(description)
+    form = description["form"]
+    if form not in FORMS:
+        raise ValueError(f"unknown decoder form {form!r}: expected one of {', '.join(sorted(FORMS))}")
+    return FORMS[form](description, tensors, codes)
+
+
+def decode_books(description: Mapping[str, Any], tensors: Tensors, codes: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """Form "books": a row is the sum of one entry of each codebook, placed at that codebook's columns.
+
+    ``codebooks.g`` holds the codebooks of group ``g``, of equal width, as an array of shape (n_codebooks, 2**bits,
+    width); a row's code holds one field of ``bits`` bits for each codebook, in order. The scale is a power of two, so
+    that multiplying by it is exact, and entries are added in ``float32`` in the order of the codebooks.
+
+    Parameters and the result are those of :func:`decode`.
+    """
+    bits, scale = description["bits"], np.float32(description["scale"])
+    places = [
+        (start, group["width"], book)
+        for number, group in enumerate(description["groups"])
+        for start, book in zip(group["starts"], _as_float32(tensors[f"codebooks.{number}"]), strict=True)
+    ]
+    fields = unpack_bits(codes, bits, len(places))
+    rows = np.zeros((len(codes), description["dim"]), np.float32)
+    for field, (start, width, book) in zip(fields.T, places, strict=True):
+        rows[:, start : start + width] += scale * book[field]
+    return rows
+
+
+def decode_levels(description: Mapping[str, Any], tensors: Tensors, codes: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """Form "levels": a row is one small number for each value, with a scale and an offset for a row, block or column.
+
+    For ``float16`` and ``bfloat16`` the code is the values themselves. For ``int8``, ``int4`` and ``int2`` it is one
+    unsigned level for each value, and ``value = level * scale + offset`` in one rounding. Scales of a row or block
+    stand behind its levels as ``float16``, to be multiplied by a power of two that the whole table shares.
+
+    Parameters and the result are those of :func:`decode`.
+    """
+    dim, dtype = description["dim"], description["dtype"]
+    if dtype in ("float16", "bfloat16"):
+        return _as_float32(np.ascontiguousarray(codes).view("<f2" if dtype == "float16" else "<u2"))
+    bits = int(dtype.removeprefix("int"))
+    levels = unpack_bits(codes, bits, dim).astype(np.float32)
+    if description["granularity"] == "column":
+        return fused_multiply_add(levels, tensors["scale"], tensors["offset"])
+    scale, offset = _stored_ranges(description, bits, codes)
+    block = np.arange(dim) // _block_size(description)
+    return fused_multiply_add(levels, scale[:, block], offset[:, block])
+
+
+FORMS = {"books": decode_books, "levels": decode_levels}
+
+
+def _block_size(description: Mapping[str, Any]) -> int:
+    """Values that share a scale within a row."""
+    return description["block_size"] if description["granularity"] == "block" else description["dim"]
+
+
+def _stored_ranges(
+    description: Mapping[str, Any], bits: int, codes: NDArray[np.uint8]
+) -> tuple[NDArray[np.float32], ...]:
+    """Scale and offset of each block of each row, from the bytes behind its levels."""
+    level_bytes = (description["dim"] * bits + 7) // 8
+    stored = np.ascontiguousarray(codes[:, level_bytes:]).view("<f2").astype(np.float32)
+    if description["symmetric"]:
+        scale = stored * np.float32(description["scale_factor"])
+        return scale, -scale * np.float32(2 ** (bits - 1))
+    return (
+        stored[:, 0::2] * np.float32(description["scale_factor"]),
+        stored[:, 1::2] * np.float32(description["offset_factor"]),
+    )
+
+
+def fused_multiply_add(a: NDArray[np.float32], b: NDArray[np.float32], c: NDArray[np.float32]) -> NDArray[np.float32]:
+    """``a * b + c`` in ``float32`` with one rounding, as the instruction of that name gives it.
+
+    The product of two ``float32`` is exact in ``float64``. Its sum with ``c`` is not, and rounding the rounded sum
+    again can be wrong by one unit in the last place where the first rounding lands half-way between two ``float32``.
+    So the sum is rounded *to odd* first: an inexact sum takes the neighbour whose last bit is 1, which is never
+    half-way (Boldo and Melquiond, Emulation of FMA and correctly rounded sums, 2008).
+
+    Examples
+    --------
+    >>> scale, level, offset = np.float32(16519105 * 2.0**-54), np.float32(65), np.float32(1)
+    >>> float(np.float32(float(level) * float(scale) + 1.0))
+    1.0
+    >>> float(fused_multiply_add(level, scale, offset))
+    1.0000001192092896
+    """
+    product = np.asarray(a, np.float64) * np.asarray(b, np.float64)
+    addend = np.asarray(c, np.float64)
+    total = np.asarray(product + addend)
+    # Knuth's two-sum: what the addition lost.
+    part = total - product
+    lost = (product - (total - part)) + (addend - part)
+    to_odd = np.nextafter(total, np.copysign(np.inf, lost))
+    is_even = total.view(np.int64) % 2 == 0
+    return np.where((lost != 0) & is_even, to_odd, total).astype(np.float32)
+
+
+def _as_float32(stored: NDArray[Any]) -> NDArray[np.float32]:
+    """Stored values as float32; uint16 is bfloat16, the upper half of a float32."""
+    if stored.dtype == np.uint16:
+        return (stored.astype(np.uint32) << 16).view(np.float32)
+    return stored.astype(np.float32)
+
+
+# ---- encoding ------------------------------------------------------------------------------------------------------
+
+
+def encode_kmeans(x: NDArray[np.floating], codebook: NDArray[np.floating]) -> NDArray[np.int64]:
+    """The nearest entry of each row: smallest squared distance, the lowest index where several are equally near.
+
+    Parameters
+    ----------
+    x : array of shape (n_rows, d)
+    codebook : array of shape (n_entries, d)
+
+    Returns
+    -------
+    int64 array of shape (n_rows,)
+
+    Examples
+    --------
+    >>> encode_kmeans(np.array([[0.9], [0.5]]), np.array([[0.0], [1.0]]))
+    array([1, 0])
+    """
+    entries = np.asarray(codebook, np.float64)
+    return np.array([np.argmin(((row - entries) ** 2).sum(axis=1)) for row in np.asarray(x, np.float64)], np.int64)
+
+
+def encode_product(x: NDArray[np.floating], codebooks: Sequence[NDArray[np.floating]]) -> NDArray[np.int64]:
+    """Product quantization (Jégou, Douze, Schmid 2011): each part of a row by itself takes its nearest entry.
+
+    Parameters
+    ----------
+    x : array of shape (n_rows, d)
+    codebooks : one array of shape (n_entries, width) for each part, whose widths add up to d
+
+    Returns
+    -------
+    int64 array of shape (n_rows, n_codebooks)
+
+    Examples
+    --------
+    >>> books = [np.array([[0.0], [1.0]]), np.array([[5.0], [7.0]])]
+    >>> encode_product(np.array([[0.9, 5.2], [0.1, 9.0]]), books)
+    array([[1, 0],
+           [0, 1]])
+    """
+    borders = np.cumsum([book.shape[1] for book in codebooks])[:-1]
+    parts = np.split(np.asarray(x), borders, axis=1)
+    return np.stack([encode_kmeans(part, book) for part, book in zip(parts, codebooks, strict=True)], axis=1)
+
+
+def encode_residual(
+    x: NDArray[np.floating], codebooks: Sequence[NDArray[np.floating]], beam_width: int = 1
+) -> NDArray[np.int64]:
+    """Residual quantization (Chen, Guan, Wang 2010): each stage explains what the stages before it left over.
+
+    With ``beam_width=1`` every stage takes the entry nearest to the remainder. A wider beam keeps that many partial
+    codes with the smallest remainders and extends each by every entry (Babenko and Lempitsky 2014). Equal remainders:
+    the code that comes first in the order of its fields.
+
+    Parameters
+    ----------
+    x : array of shape (n_rows, d)
+    codebooks : one array of shape (n_entries, d) for each stage
+    beam_width : partial codes kept after each stage
+
+    Returns
+    -------
+    int64 array of shape (n_rows, n_codebooks)
+
+    Examples
+    --------
+    >>> books = [np.array([[0.0], [6.0]]), np.array([[0.0], [4.0]])]
+    >>> encode_residual(np.array([[3.9], [10.0]]), books, beam_width=1)
+    array([[1, 0],
+           [1, 1]])
+    >>> encode_residual(np.array([[3.9], [10.0]]), books, beam_width=2)
+    array([[0, 1],
+           [1, 1]])
+    """
+    return np.array([_beam_search(row, codebooks, beam_width) for row in np.asarray(x, np.float64)], np.int64)
+
+
+def _beam_search(row: NDArray[np.float64], codebooks: Sequence[NDArray[Any]], beam_width: int) -> tuple[int, ...]:
+    """The best code of one row that a beam finds."""
+    beam: list[tuple[tuple[int, ...], NDArray[np.float64]]] = [((), row)]
+    for codebook in codebooks:
+        longer = [(fields + (index,), left - entry) for fields, left in beam for index, entry in enumerate(codebook)]
+        longer.sort(key=lambda partial: (partial[1] @ partial[1], partial[0]))
+        beam = longer[:beam_width]
+    return beam[0][0]
+
+
+def encode_scalar(x: NDArray[np.float32], description: Mapping[str, Any], tensors: Tensors) -> NDArray[np.uint8]:
+    """Scalar quantization by smallest and largest value: each value takes the nearest of evenly spaced levels.
+
+    ``float16`` and ``bfloat16`` round each value to the nearest, ties to even. For integers of ``b`` bits a row or
+    block has ``step = (max - min) / (2**b - 1)`` and ``level = round((value - min) / step)``; symmetric ones have
+    ``step = max |value| / (2**(b - 1) - 1)`` and level ``2**(b - 1)`` for zero. Steps and minima are rounded to
+    ``float16`` before the levels are chosen: the minimum downwards, the step so that the top level reaches the
+    maximum to within a thousandth of a step. Columns take the scales in ``tensors``, which a fit has found.
+
+    Parameters
+    ----------
+    x : float32 array of shape (n_rows, dim)
+    description : the decoder's description
+    tensors : the decoder's tensors: ``scale`` and ``offset`` of each column for granularity "column", else none
+
+    Returns
+    -------
+    uint8 array of shape (n_rows, row_bytes)
+
+    Examples
+    --------
+    >>> description = {"form": "levels", "dim": 4, "dtype": "int2", "granularity": "row", "block_size": 64,
+    ...                "symmetric": False, "scale_factor": 1.0, "offset_factor": 1.0}
+    >>> codes = encode_scalar(np.array([[-1, 0, 1, 2]], np.float32), description, {})
+    >>> unpack_bits(codes, bits=2, n_fields=4)
+    array([[0, 1, 2, 3]])
+    >>> decode_levels(description, {}, codes)
+    array([[-1.,  0.,  1.,  2.]], dtype=float32)
+    """
+    dtype = description["dtype"]
+    if dtype == "float16":
+        return x.astype("<f2").view(np.uint8)
+    if dtype == "bfloat16":
+        return _round_to_bfloat16(x).view(np.uint8)
+    bits = int(dtype.removeprefix("int"))
+    if description["granularity"] == "column":
+        return pack_bits(_nearest_levels(x, tensors["scale"], tensors["offset"], bits), bits)
+    stored = _ranges(x, description, bits)
+    scale, offset = _stored_ranges({**description, "dim": 0}, bits, stored)
+    block = np.arange(x.shape[1]) // _block_size(description)
+    return np.hstack([pack_bits(_nearest_levels(x, scale[:, block], offset[:, block], bits), bits), stored])
+
+
+def _nearest_levels(
+    x: NDArray[np.float32], scale: NDArray[np.float32], offset: NDArray[np.float32], bits: int
+) -> NDArray[np.int64]:
+    """The nearest of 2**bits levels; 0 where all levels are the same."""
+    steps = (np.asarray(x, np.float64) - offset) / np.where(scale > 0, scale, np.inf)
+    return np.clip(np.rint(steps), 0, 2**bits - 1).astype(np.int64)
+
+
+def _ranges(x: NDArray[np.float32], description: Mapping[str, Any], bits: int) -> NDArray[np.uint8]:
+    """Step and (unless symmetric) minimum of each block as the bytes that stand behind a row's levels."""
+    size = _block_size(description)
+    columns = []
+    for start in range(0, x.shape[1], size):
+        block = x[:, start : start + size].astype(np.float64)
+        if description["symmetric"]:
+            covered = np.abs(block).max(axis=1) / description["scale_factor"]
+            columns.append(_float16_towards(covered / (2 ** (bits - 1) - 1 + COVERED), np.inf))
+        else:
+            minimum = _float16_towards(block.min(axis=1) / description["offset_factor"], -np.inf)
+            reach = block.max(axis=1) - minimum.astype(np.float64) * description["offset_factor"]
+            step = _float16_towards(reach / description["scale_factor"] / (2**bits - 1 + COVERED), np.inf)
+            constant = block.max(axis=1) == block.min(axis=1)
+            columns += [np.where(constant, np.float16(0), step), minimum]
+    return np.stack(columns, axis=1).astype("<f2").view(np.uint8)
+
+
+def _float16_towards(values: NDArray[np.float64], direction: float) -> NDArray[np.float16]:
+    """Each value as float16, rounded in one direction (infinity or minus infinity)."""
+    nearest = values.astype(np.float16)
+    wrong_side = nearest < values if direction > 0 else nearest > values
+    return np.where(wrong_side, np.nextafter(nearest, np.float16(direction)), nearest)
+
+
+def _round_to_bfloat16(x: NDArray[np.float32]) -> NDArray[np.uint16]:
+    """The upper halves of float32 values, rounded to nearest, ties to even."""
+    bits = np.ascontiguousarray(x).view(np.uint32).astype(np.uint64)
+    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype("<u2")
+
+
+# ---- search and pooling --------------------------------------------------------------------------------------------
+
+
+def search(
+    queries: NDArray[np.floating],
+    rows: NDArray[np.floating],
+    k: int,
+    metric: Literal["inner_product", "l2", "cosine"] = "inner_product",
+) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+    """The best rows for each query, by looking at all of them; equal scores by lower id.
+
+    Parameters
+    ----------
+    queries : array of shape (n_queries, d)
+    rows : array of shape (n_rows, d), the decoded table
+    k : results for each query, at most n_rows
+    metric : "inner_product" and "cosine" (larger is better), or "l2" (squared distance, smaller is better)
+
+    Returns
+    -------
+    float64 scores or squared distances and int64 ids, each of shape (n_queries, min(k, n_rows)), best first
+
+    Examples
+    --------
+    >>> scores, ids = search(np.array([[1.0, 0.0]]), np.array([[1.0, 1.0], [3.0, 0.0], [0.0, 2.0]]), k=2)
+    >>> scores, ids
+    (array([[3., 1.]]), array([[1, 0]]))
+    """
+    scores = np.array(
+        [_scores(query, np.asarray(rows, np.float64), metric) for query in np.asarray(queries, np.float64)]
+    )
+    order = np.argsort(scores if metric == "l2" else -scores, axis=1, kind="stable")[:, :k]
+    return np.take_along_axis(scores, order, axis=1), order
+
+
+def _scores(query: NDArray[np.float64], rows: NDArray[np.float64], metric: str) -> NDArray[np.float64]:
+    if metric == "l2":
+        return ((rows - query) ** 2).sum(axis=1)
+    products = rows @ query
+    if metric == "inner_product":
+        return products
+    norms = np.linalg.norm(rows, axis=1) * np.linalg.norm(query)
+    return np.divide(products, norms, out=np.zeros_like(products), where=norms > 0)
+
+
+def pool(
+    rows: NDArray[np.floating],
+    offsets: Sequence[int] | NDArray[np.integer],
+    weights: NDArray[np.floating] | None = None,
+    mode: Literal["sum", "mean", "max"] = "sum",
+) -> NDArray[np.float32]:
+    """Sums, means or maxima of bags of rows; an empty bag gives zeros.
+
+    Parameters
+    ----------
+    rows : array of shape (n, d), the looked-up rows of all bags, one bag after the other
+    offsets : where each bag starts in ``rows``; the last one reaches to the end
+    weights : one factor a row, for mode "sum"
+    mode : "sum", "mean" or "max"
+
+    Returns
+    -------
+    float32 array of shape (n_bags, d)
+
+    Examples
+    --------
+    >>> pool(np.array([[1.0], [2.0], [6.0]]), [0, 2], mode="mean")
+    array([[1.5],
+           [6. ]], dtype=float32)
+    """
+    values = np.asarray(rows, np.float64)
+    if weights is not None:
+        values = values * np.asarray(weights, np.float64)[:, None]
+    combine = {"sum": np.sum, "mean": np.mean, "max": np.max}[mode]
+    bags = np.split(values, np.asarray(offsets)[1:])
+    zeros = np.zeros(values.shape[1])
+    return np.array([combine(bag, axis=0) if len(bag) else zeros for bag in bags], np.float32)
