@@ -34,7 +34,8 @@ def test_rounding_twice_would_be_wrong():
     level, scale, offset = np.float32(65), np.float32(16519105 * 2.0**-54), np.float32(1)
     twice = np.float32(float(level) * float(scale) + float(offset))
     once = rounded_once(Fraction(float(level)) * Fraction(float(scale)) + 1)
-    assert twice == 1 and once == np.float32(1 + 2.0**-23)
+    assert twice == 1
+    assert once == np.float32(1 + 2.0**-23)
     assert reference.fused_multiply_add(level, scale, offset) == once
 
 
@@ -52,7 +53,7 @@ def test_decode_takes_json_and_refuses_unknown_forms():
     tensors = {"codebooks.0": np.array([[[1.0], [2.0]]], np.float16)}
     description = {"form": "books", "dim": 1, "bits": 1, "scale": 1.0, "groups": [{"width": 1, "starts": [0]}]}
     assert reference.decode(json.dumps(description), tensors, np.array([[1]], np.uint8)) == [[2.0]]
-    with pytest.raises(ValueError, match="'cloud'.*books, levels"):
+    with pytest.raises(ValueError, match=r"'cloud'.*books, levels"):
         reference.decode({"form": "cloud"}, {}, np.zeros((1, 1), np.uint8))
 
 
@@ -123,10 +124,12 @@ def test_beam_as_wide_as_all_partial_codes_is_exhaustive():
     exhaustive = np.diagonal(error(reference.encode_residual(x, codebooks, beam_width=9)))
     greedy = np.diagonal(error(reference.encode_residual(x, codebooks, beam_width=1)))
     assert np.allclose(exhaustive, best)
-    assert (greedy >= best - 1e-12).all() and greedy.sum() > 1.01 * best.sum()
+    assert (greedy >= best - 1e-12).all()
+    assert greedy.sum() > 1.01 * best.sum()
 
 
 def test_search_and_pool_of_nothing():
     scores, ids = reference.search(np.ones((1, 2)), np.zeros((2, 2)), k=5, metric="cosine")
-    assert scores.tolist() == [[0.0, 0.0]] and ids.tolist() == [[0, 1]]
+    assert scores.tolist() == [[0.0, 0.0]]
+    assert ids.tolist() == [[0, 1]]
     assert reference.pool(np.ones((1, 2)), [0, 0, 1], mode="max").tolist() == [[0.0, 0.0], [1.0, 1.0], [0.0, 0.0]]

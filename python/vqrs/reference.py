@@ -162,7 +162,8 @@ def decode_levels(description: Mapping[str, Any], tensors: Tensors, codes: NDArr
     levels = unpack_bits(codes, bits, dim).astype(np.float32)
     if description["granularity"] == "column":
         return fused_multiply_add(levels, tensors["scale"], tensors["offset"])
-    scale, offset = _stored_ranges(description, bits, codes)
+    level_bytes = (dim * bits + 7) // 8
+    scale, offset = _stored_ranges(description, bits, codes[:, level_bytes:])
     block = np.arange(dim) // _block_size(description)
     return fused_multiply_add(levels, scale[:, block], offset[:, block])
 
@@ -176,17 +177,16 @@ def _block_size(description: Mapping[str, Any]) -> int:
 
 
 def _stored_ranges(
-    description: Mapping[str, Any], bits: int, codes: NDArray[np.uint8]
+    description: Mapping[str, Any], bits: int, stored: NDArray[np.uint8]
 ) -> tuple[NDArray[np.float32], ...]:
-    """Scale and offset of each block of each row, from the bytes behind its levels."""
-    level_bytes = (description["dim"] * bits + 7) // 8
-    stored = np.ascontiguousarray(codes[:, level_bytes:]).view("<f2").astype(np.float32)
+    """Scale and offset of each block of each row, from the bytes that stand behind its levels."""
+    halves = np.ascontiguousarray(stored).view("<f2").astype(np.float32)
     if description["symmetric"]:
-        scale = stored * np.float32(description["scale_factor"])
+        scale = halves * np.float32(description["scale_factor"])
         return scale, -scale * np.float32(2 ** (bits - 1))
     return (
-        stored[:, 0::2] * np.float32(description["scale_factor"]),
-        stored[:, 1::2] * np.float32(description["offset_factor"]),
+        halves[:, 0::2] * np.float32(description["scale_factor"]),
+        halves[:, 1::2] * np.float32(description["offset_factor"]),
     )
 
 
@@ -308,7 +308,7 @@ def _beam_search(row: NDArray[np.float64], codebooks: Sequence[NDArray[Any]], be
     """The best code of one row that a beam finds."""
     beam: list[tuple[tuple[int, ...], NDArray[np.float64]]] = [((), row)]
     for codebook in codebooks:
-        longer = [(fields + (index,), left - entry) for fields, left in beam for index, entry in enumerate(codebook)]
+        longer = [((*fields, index), left - entry) for fields, left in beam for index, entry in enumerate(codebook)]
         longer.sort(key=lambda partial: (partial[1] @ partial[1], partial[0]))
         beam = longer[:beam_width]
     return beam[0][0]
@@ -321,7 +321,8 @@ def encode_scalar(x: NDArray[np.float32], description: Mapping[str, Any], tensor
     block has ``step = (max - min) / (2**b - 1)`` and ``level = round((value - min) / step)``; symmetric ones have
     ``step = max |value| / (2**(b - 1) - 1)`` and level ``2**(b - 1)`` for zero. Steps and minima are rounded to
     ``float16`` before the levels are chosen: the minimum downwards, the step so that the top level reaches the
-    maximum to within a thousandth of a step. Columns take the scales in ``tensors``, which a fit has found.
+    maximum to within a thousandth of a step (and a row on such a grid finds the same grid again). Columns take the
+    scales in ``tensors``, which a fit has found.
 
     Parameters
     ----------
@@ -348,46 +349,50 @@ def encode_scalar(x: NDArray[np.float32], description: Mapping[str, Any], tensor
         return x.astype("<f2").view(np.uint8)
     if dtype == "bfloat16":
         return _round_to_bfloat16(x).view(np.uint8)
-    bits = int(dtype.removeprefix("int"))
+    bits, symmetric = int(dtype.removeprefix("int")), description["symmetric"]
     if description["granularity"] == "column":
-        return pack_bits(_nearest_levels(x, tensors["scale"], tensors["offset"], bits), bits)
+        return pack_bits(_nearest_levels(x, tensors["scale"], tensors["offset"], bits, symmetric), bits)
     stored = _ranges(x, description, bits)
-    scale, offset = _stored_ranges({**description, "dim": 0}, bits, stored)
+    scale, offset = _stored_ranges(description, bits, stored)
     block = np.arange(x.shape[1]) // _block_size(description)
-    return np.hstack([pack_bits(_nearest_levels(x, scale[:, block], offset[:, block], bits), bits), stored])
+    levels = _nearest_levels(x, scale[:, block], offset[:, block], bits, symmetric)
+    return np.hstack([pack_bits(levels, bits), stored])
 
 
 def _nearest_levels(
-    x: NDArray[np.float32], scale: NDArray[np.float32], offset: NDArray[np.float32], bits: int
+    x: NDArray[np.float32], scale: NDArray[np.float32], offset: NDArray[np.float32], bits: int, symmetric: bool
 ) -> NDArray[np.int64]:
-    """The nearest of 2**bits levels; 0 where all levels are the same."""
+    """The nearest of 2**bits levels, ties to even; symmetric grids leave out the lowest one."""
     steps = (np.asarray(x, np.float64) - offset) / np.where(scale > 0, scale, np.inf)
-    return np.clip(np.rint(steps), 0, 2**bits - 1).astype(np.int64)
+    return np.clip(np.rint(steps), int(symmetric), 2**bits - 1).astype(np.int64)
 
 
 def _ranges(x: NDArray[np.float32], description: Mapping[str, Any], bits: int) -> NDArray[np.uint8]:
     """Step and (unless symmetric) minimum of each block as the bytes that stand behind a row's levels."""
-    size = _block_size(description)
-    columns = []
+    scale_factor, offset_factor = description["scale_factor"], description["offset_factor"]
+    size, columns = _block_size(description), []
     for start in range(0, x.shape[1], size):
         block = x[:, start : start + size].astype(np.float64)
         if description["symmetric"]:
-            covered = np.abs(block).max(axis=1) / description["scale_factor"]
-            columns.append(_float16_towards(covered / (2 ** (bits - 1) - 1 + COVERED), np.inf))
+            columns.append(_rounded_step(np.abs(block).max(axis=1) / scale_factor, 2 ** (bits - 1) - 1))
         else:
-            minimum = _float16_towards(block.min(axis=1) / description["offset_factor"], -np.inf)
-            reach = block.max(axis=1) - minimum.astype(np.float64) * description["offset_factor"]
-            step = _float16_towards(reach / description["scale_factor"] / (2**bits - 1 + COVERED), np.inf)
-            constant = block.max(axis=1) == block.min(axis=1)
-            columns += [np.where(constant, np.float16(0), step), minimum]
+            minimum = _float16_below(block.min(axis=1) / offset_factor)
+            reach = block.max(axis=1) - minimum.astype(np.float64) * offset_factor
+            columns += [_rounded_step(reach / scale_factor, 2**bits - 1), minimum]
     return np.stack(columns, axis=1).astype("<f2").view(np.uint8)
 
 
-def _float16_towards(values: NDArray[np.float64], direction: float) -> NDArray[np.float16]:
-    """Each value as float16, rounded in one direction (infinity or minus infinity)."""
+def _rounded_step(reach: NDArray[np.float64], n_steps: int) -> NDArray[np.float16]:
+    """The nearest float16 to ``reach / n_steps``, or the next one up where that many steps would fall short."""
+    nearest = (reach / n_steps).astype(np.float16)
+    falls_short = nearest * (n_steps + COVERED) < reach
+    return np.where(falls_short, np.nextafter(nearest, np.float16(np.inf)), nearest)
+
+
+def _float16_below(values: NDArray[np.float64]) -> NDArray[np.float16]:
+    """The largest float16 that is not above each value."""
     nearest = values.astype(np.float16)
-    wrong_side = nearest < values if direction > 0 else nearest > values
-    return np.where(wrong_side, np.nextafter(nearest, np.float16(direction)), nearest)
+    return np.where(nearest > values, np.nextafter(nearest, np.float16(-np.inf)), nearest)
 
 
 def _round_to_bfloat16(x: NDArray[np.float32]) -> NDArray[np.uint16]:
