@@ -12,6 +12,7 @@ PYTHON_FILES := python tests benches examples docs tools
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
+.NOTPARALLEL:
 .PHONY: help demo test test-rust test-fast test-slow test-torch check check-rust check-python check-docs \
         docs bench-compare bench-memory clean
 

@@ -17,8 +17,8 @@ OLDEST_TORCH = (2, 4)
 def complaint():
     """What this machine lacks, and what to install: one line, or None."""
     if sys.version_info < OLDEST_PYTHON:
-        found = "%d.%d" % sys.version_info[:2]
-        return "Python 3.10 or newer is needed, python3 is %s: install one and run 'make PYTHON=python3.12 ...'" % found
+        found = ".".join(str(part) for part in sys.version_info[:2])
+        return f"Python 3.10 or newer is needed, this is {found}: install one and run make PYTHON=python3.12 TARGET"
     if not all(importlib.util.find_spec(module) for module in ("venv", "ensurepip")):
         return "this Python has no venv module: install it (on Debian or Ubuntu: apt install python3-venv)"
     if not shutil.which("cargo"):
@@ -59,7 +59,7 @@ def main(folder):
     import venv  # here, because a system without it gets a line that tells
 
     share = torch_is_there()
-    print("making %s%s" % (folder, " (it sees the torch that is installed)" if share else ""), flush=True)
+    print(f"making {folder}" + " (it sees the torch that is installed)" * share, flush=True)
     venv.create(folder, clear=True, system_site_packages=share, with_pip=True, symlinks=True)
     if share and sys.prefix != sys.base_prefix:
         show_outer_packages(folder)
