@@ -1,0 +1,248 @@
+"""What users pass, turned into what the compiled module takes.
+
+Values, shapes and parameters are judged in Rust; here only containers, dtypes, strides and devices are.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from numbers import Integral, Number
+from typing import Any, TypeAlias
+
+import numpy as np
+from numpy.typing import ArrayLike, DTypeLike, NDArray
+
+from vqrs import _core
+
+RandomState: TypeAlias = int | np.random.RandomState | np.random.Generator | None
+
+
+def as_matrix(values: Any, name: str = "X", *, min_rows: int = 1) -> NDArray[np.float32]:
+    """Rows of float32, C-contiguous; no copy where the input is that already.
+
+    Parameters
+    ----------
+    values : array-like of shape (n_rows, n_features)
+        A numpy array or memory map of any real dtype and strides, a torch CPU tensor, a DLPack object, a pandas frame,
+        or nested lists.
+    name : str, default="X"
+        What error messages call it.
+    min_rows : int, default=1
+        Fewer rows are refused.
+
+    Returns
+    -------
+    ndarray of shape (n_rows, n_features), float32
+
+    Raises
+    ------
+    TypeError
+        Sparse input, or a dtype that is no real number.
+    ValueError
+        Not two-dimensional, too few rows, no columns, complex numbers, text, or values beyond float32. NaN and infinity
+        pass: the compiled module refuses them.
+
+    Examples
+    --------
+    >>> from vqrs._validation import as_matrix
+    >>> as_matrix([[1, 2], [3, 4]])
+    array([[1., 2.],
+           [3., 4.]], dtype=float32)
+    """
+    array = as_array(values, name)
+    if array.ndim != 2:
+        raise ValueError(
+            f"Expected 2D array, got {array.ndim}D array instead for {name} (shape={array.shape}). Reshape your data "
+            "using array.reshape(1, -1) if it is a single row, or array.reshape(-1, 1) if it is a single column."
+        )
+    if array.shape[0] < min_rows:
+        raise ValueError(
+            f"Found array with {array.shape[0]} sample(s) (shape={array.shape}) for {name} "
+            f"while a minimum of {min_rows} is required."
+        )
+    if array.shape[1] < 1:
+        raise ValueError(f"Found array with 0 feature(s) (shape={array.shape}) while a minimum of 1 is required.")
+    return _as_float32(array, name)
+
+
+def as_codes(values: Any, row_bytes: int) -> NDArray[np.uint8]:
+    """Codes as ``transform`` returned them: uint8 of shape (n_rows, row_bytes), C-contiguous.
+
+    Raises
+    ------
+    TypeError
+        Another dtype than uint8.
+    ValueError
+        Another width than ``row_bytes``.
+    """
+    codes = _container_to_array(values, "codes")
+    if codes.dtype != np.uint8:
+        raise TypeError(f"codes must be uint8, as transform returns them, not {codes.dtype}.")
+    if codes.ndim != 2 or codes.shape[1] != row_bytes:
+        raise ValueError(
+            f"codes must have shape (n_rows, {row_bytes}), as transform returns them here, not {codes.shape}."
+        )
+    return np.ascontiguousarray(codes)
+
+
+def as_weights(sample_weight: ArrayLike | None, n_rows: int) -> NDArray[np.float64] | None:
+    """One float64 weight a row; None stays None, and a number is repeated.
+
+    Raises
+    ------
+    ValueError
+        Not one-dimensional, or not one weight a row. Negative, non-finite and all-zero weights are refused in Rust.
+    """
+    if sample_weight is None:
+        return None
+    if isinstance(sample_weight, Number):
+        return np.full(n_rows, sample_weight, dtype=np.float64)
+    weights = as_array(sample_weight, "sample_weight")
+    if weights.ndim != 1:
+        raise ValueError(
+            f"Sample weights must be 1D array or scalar, got {weights.ndim}D array (shape={weights.shape})."
+        )
+    if weights.shape != (n_rows,):
+        raise ValueError(f"sample_weight.shape == {weights.shape}, expected {(n_rows,)}: one weight a row.")
+    return np.ascontiguousarray(weights, dtype=np.float64)
+
+
+def as_seed(random_state: RandomState) -> int:
+    """An unsigned 64-bit seed: an int itself, else one draw from a generator, and from numpy's global one for None.
+
+    Raises
+    ------
+    ValueError
+        A negative int, one of more than 64 bits, or another type.
+
+    Examples
+    --------
+    >>> from vqrs._validation import as_seed
+    >>> as_seed(7)
+    7
+    """
+    if random_state is None:
+        # The generator behind np.random.seed, so that scripts which seed it repeat.
+        random_state = np.random.mtrand._rand  # type: ignore[attr-defined]
+    if isinstance(random_state, np.random.Generator):
+        return int(random_state.integers(2**64, dtype=np.uint64))
+    if isinstance(random_state, np.random.RandomState):
+        return int(random_state.randint(2**64, dtype=np.uint64))
+    if isinstance(random_state, Integral) and 0 <= random_state < 2**64:
+        return int(random_state)
+    raise ValueError(
+        f"random_state={random_state!r} cannot be used to seed: pass None, an int in [0, 2**64), "
+        "a numpy RandomState or a numpy Generator."
+    )
+
+
+def as_jobs(n_jobs: int | None) -> int | None:
+    """Number of threads; None leaves the choice to the compiled module, and -1 is all, -2 all but one, as in joblib.
+
+    Raises
+    ------
+    TypeError
+        Not an int.
+    ValueError
+        Zero.
+    """
+    if n_jobs is None:
+        return None
+    if not isinstance(n_jobs, Integral) or isinstance(n_jobs, bool):
+        raise TypeError(f"n_jobs must be None or an int, not {n_jobs!r}.")
+    if n_jobs == 0:
+        raise ValueError("n_jobs=0 has no meaning: pass a number of threads, -1 for all, or None for the default.")
+    return int(n_jobs) if n_jobs > 0 else max(1, _core.hardware()["threads"] + 1 + int(n_jobs))
+
+
+def as_parameters(parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """Plain Python values of parameters: numpy scalars, as parameter grids make them, are unwrapped."""
+    return {name: value.item() if isinstance(value, np.generic) else value for name, value in parameters.items()}
+
+
+def as_array(values: Any, name: str = "X") -> NDArray[Any]:
+    """An array of real numbers of any shape, strides and dtype, without a copy where possible.
+
+    Raises
+    ------
+    TypeError
+        Sparse input, or a dtype that is no real number.
+    ValueError
+        Complex numbers or text.
+    """
+    array = _container_to_array(values, name)
+    if array.dtype.kind == "O":
+        array = array.astype(np.float64)
+    if array.dtype.kind == "c":
+        raise ValueError(f"Complex data not supported: {name} has dtype {array.dtype}.")
+    if array.dtype.kind in "US":
+        raise ValueError(f"{name} holds text (dtype {array.dtype}), numbers are needed: convert it first.")
+    # Also true of the dtypes of the package ml_dtypes (bfloat16, float8), which have no kind of their own.
+    if not np.can_cast(array.dtype, np.float32, "same_kind"):
+        raise TypeError(f"{name} has dtype {array.dtype}, which is no real number.")
+    return array
+
+
+def is_frame(values: Any) -> bool:
+    """Whether it is a data frame (pandas, polars): columns with names."""
+    return hasattr(values, "columns") and hasattr(values, "to_numpy")
+
+
+def _container_to_array(values: Any, name: str) -> NDArray[Any]:
+    if isinstance(values, np.ma.MaskedArray) and np.ma.is_masked(values):
+        raise ValueError(f"{name} has masked values: fill them first, for example with {name}.filled(0).")
+    if isinstance(values, np.ndarray):
+        return np.asarray(values)
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(values, torch.Tensor):
+        return _torch_to_array(values, name)
+    if hasattr(values, "toarray") and hasattr(values, "nnz"):
+        raise TypeError(
+            f"Sparse data was passed for {name}, but dense data is required. Use '{name}.toarray()' to convert it."
+        )
+    if hasattr(values, "dtypes") and is_frame(values):
+        return _frame_to_array(values)
+    if hasattr(values, "__dlpack__") and not hasattr(values, "__array__"):
+        return np.from_dlpack(values)
+    return np.asarray(values)
+
+
+def _torch_to_array(tensor: Any, name: str) -> NDArray[Any]:
+    torch = sys.modules["torch"]
+    if tensor.layout != torch.strided:
+        raise TypeError(f"Sparse data was passed for {name}, but dense data is required. Use '{name}.to_dense()'.")
+    if tensor.device.type != "cpu":
+        raise ValueError(f"{name} is on device {tensor.device}: move it to the CPU with {name}.cpu() first.")
+    tensor = tensor.detach().resolve_conj().resolve_neg()
+    # numpy has no bfloat16 or float8.
+    return tensor.float().numpy() if _unknown_to_numpy(tensor) else tensor.numpy()
+
+
+def _unknown_to_numpy(tensor: Any) -> bool:
+    return tensor.is_floating_point() and str(tensor.dtype) not in ("torch.float16", "torch.float32", "torch.float64")
+
+
+def _frame_to_array(frame: Any) -> NDArray[Any]:
+    array = np.asarray(frame)
+    if array.dtype.kind == "O" and not all(isinstance(dtype, np.dtype) for dtype in frame.dtypes):
+        # pandas' nullable dtypes: missing values become NaN, which is then refused with its row and column.
+        return frame.to_numpy(dtype=np.float64, na_value=np.nan)
+    return array
+
+
+def _as_float32(array: NDArray[Any], name: str) -> NDArray[np.float32]:
+    try:
+        with np.errstate(over="raise"):
+            return np.require(array, np.float32, ["C_CONTIGUOUS", "ALIGNED"])
+    except FloatingPointError:
+        raise _overflow_error(array, name) from None
+
+
+def _overflow_error(array: NDArray[Any], name: str) -> ValueError:
+    largest: DTypeLike = np.finfo(np.float32).max
+    row, column = np.argwhere(np.isfinite(array) & (np.abs(array) > largest))[0]
+    return ValueError(
+        f"{name} has {array[row, column]!s} at row {row}, column {column}, which is out of the range of float32 "
+        f"(largest magnitude {largest:.2e}): scale the data down first."
+    )

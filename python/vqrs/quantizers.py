@@ -1,0 +1,347 @@
+"""The quantizers: one class a kind, which is its parameters. All else is in their base."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vqrs._base import Quantizer
+
+__all__ = ["ProductQuantizer", "ResidualQuantizer", "ScalarQuantizer", "VectorQuantizer"]
+
+
+class VectorQuantizer(Quantizer):
+    """Each row becomes the nearest of ``n_clusters`` centroids found by k-means.
+
+    Parameters
+    ----------
+    n_clusters : int, default=256
+        Number of centroids. A row's code takes ⌈log₂ n_clusters⌉ bits, rounded up to whole bytes.
+    max_iter : int, default=25
+        Most iterations of k-means.
+    tol : float, default=1e-4
+        k-means stops when its centroids move by less than this fraction of the variance.
+    codebook_dtype : {"float16", "bfloat16", "float32"}, default="float16"
+        How the centroids are stored.
+    random_state : int, RandomState, Generator or None, default=None
+        Draws the first centroids; an int repeats them.
+    n_jobs : int or None, default=None
+        Threads; None takes all that the process may use. The result does not depend on it.
+    verbose : int, default=0
+        1 prints progress.
+
+    Attributes
+    ----------
+    codebooks_ : list of one ndarray of shape (n_clusters, n_features_in_), float32
+        The centroids, as decoded.
+    row_bytes_ : int
+        Bytes of a row's code.
+    n_iter_ : int
+        Iterations of k-means.
+    relative_error_ : float
+        ‖X − X̂‖² / ‖X‖² of the rows that were fitted.
+    n_features_in_ : int
+        Number of features seen during fit.
+    feature_names_in_ : ndarray of shape (n_features_in_,)
+        Names of features seen during fit, if X had names that are all strings.
+
+    See Also
+    --------
+    KMeans : The clustering itself, with labels and distances.
+    ProductQuantizer : Splits the columns, for far more distinct rows at the same size of codebook.
+
+    References
+    ----------
+    S. Lloyd, "Least squares quantization in PCM", 1982. D. Arthur, S. Vassilvitskii, "k-means++", 2007.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from vqrs import VectorQuantizer
+    >>> x = np.array([[0, 0], [0, 1], [8, 8], [8, 9]], dtype=np.float32)
+    >>> quantizer = VectorQuantizer(n_clusters=2, random_state=0).fit(x)
+    >>> codes = quantizer.transform(x)
+    >>> codes.shape, codes.dtype
+    ((4, 1), dtype('uint8'))
+    >>> quantizer.inverse_transform(codes)
+    array([[0. , 0.5],
+           [0. , 0.5],
+           [8. , 8.5],
+           [8. , 8.5]], dtype=float32)
+    """
+
+    _kind = "kmeans"
+
+    def __init__(
+        self,
+        n_clusters: int = 256,
+        *,
+        max_iter: int = 25,
+        tol: float = 1e-4,
+        codebook_dtype: str = "float16",
+        random_state: Any = None,
+        n_jobs: int | None = None,
+        verbose: int = 0,
+    ) -> None:
+        self.n_clusters = n_clusters
+        self.max_iter = max_iter
+        self.tol = tol
+        self.codebook_dtype = codebook_dtype
+        self.random_state = random_state
+        self.n_jobs = n_jobs
+        self.verbose = verbose
+
+
+class ProductQuantizer(Quantizer):
+    """Cuts rows into ``n_subvectors`` pieces; each piece becomes the nearest of 2^n_bits centroids of its own.
+
+    Where the number of features is not divisible by ``n_subvectors``, the first pieces are one column wider.
+
+    Parameters
+    ----------
+    n_subvectors : int, default=8
+        Number of pieces.
+    n_bits : int, default=8
+        Bits of a piece's code, 1 to 16.
+    max_iter : int, default=25
+        Most iterations of each k-means.
+    tol : float, default=1e-4
+        k-means stops when its centroids move by less than this fraction of the variance.
+    codebook_dtype : {"float16", "bfloat16", "float32"}, default="float16"
+        How the centroids are stored.
+    random_state : int, RandomState, Generator or None, default=None
+        Draws the first centroids; an int repeats them.
+    n_jobs : int or None, default=None
+        Threads; None takes all that the process may use. The result does not depend on it.
+    verbose : int, default=0
+        1 prints progress.
+
+    Attributes
+    ----------
+    codebooks_ : list of n_subvectors ndarrays of shape (2**n_bits, width), float32
+        The centroids of each piece, as decoded.
+    row_bytes_ : int
+        Bytes of a row's code.
+    n_iter_ : int
+        Iterations of the longest k-means.
+    relative_error_ : float
+        ‖X − X̂‖² / ‖X‖² of the rows that were fitted.
+    n_features_in_ : int
+        Number of features seen during fit.
+    feature_names_in_ : ndarray of shape (n_features_in_,)
+        Names of features seen during fit, if X had names that are all strings.
+
+    See Also
+    --------
+    ResidualQuantizer : Whole rows in stages: smaller error at the same bytes, slower to learn and encode.
+
+    References
+    ----------
+    H. Jégou, M. Douze, C. Schmid, "Product quantization for nearest neighbor search", 2011.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from vqrs import ProductQuantizer
+    >>> x = np.random.default_rng(0).standard_normal((200, 6), dtype=np.float32)
+    >>> quantizer = ProductQuantizer(n_subvectors=3, n_bits=4, random_state=0)
+    >>> codes = quantizer.fit_transform(x)
+    >>> codes.shape  # three pieces of four bits: 12 bits, two bytes
+    (200, 2)
+    >>> [book.shape for book in quantizer.codebooks_]
+    [(16, 2), (16, 2), (16, 2)]
+    >>> quantizer.inverse_transform(codes).shape
+    (200, 6)
+    """
+
+    _kind = "product"
+
+    def __init__(
+        self,
+        n_subvectors: int = 8,
+        n_bits: int = 8,
+        *,
+        max_iter: int = 25,
+        tol: float = 1e-4,
+        codebook_dtype: str = "float16",
+        random_state: Any = None,
+        n_jobs: int | None = None,
+        verbose: int = 0,
+    ) -> None:
+        self.n_subvectors = n_subvectors
+        self.n_bits = n_bits
+        self.max_iter = max_iter
+        self.tol = tol
+        self.codebook_dtype = codebook_dtype
+        self.random_state = random_state
+        self.n_jobs = n_jobs
+        self.verbose = verbose
+
+
+class ResidualQuantizer(Quantizer):
+    """Each row becomes a sum of ``n_stages`` entries, one a codebook, found stage by stage with a beam search.
+
+    Every stage learns from what the stages before it left; then all codebooks are refined together by least squares.
+
+    Parameters
+    ----------
+    n_stages : int, default=8
+        Number of codebooks.
+    n_bits : int, default=8
+        Bits of a stage's code: a codebook has 2^n_bits entries. 1 to 16.
+    beam_width : int, default=8
+        Partial sums that encoding keeps for each row. 1 is greedy.
+    n_refinements : int, default=5
+        Rounds of encoding all rows and solving for all codebooks at once.
+    max_iter : int, default=25
+        Most iterations of each stage's k-means.
+    tol : float, default=1e-4
+        k-means stops when its centroids move by less than this fraction of the variance.
+    codebook_dtype : {"float16", "bfloat16", "float32"}, default="float16"
+        How the entries are stored.
+    random_state : int, RandomState, Generator or None, default=None
+        Draws the first centroids; an int repeats them.
+    n_jobs : int or None, default=None
+        Threads; None takes all that the process may use. The result does not depend on it.
+    verbose : int, default=0
+        1 prints progress.
+
+    Attributes
+    ----------
+    codebooks_ : list of n_stages ndarrays of shape (2**n_bits, n_features_in_), float32
+        The entries of each stage, as decoded.
+    row_bytes_ : int
+        Bytes of a row's code.
+    n_iter_ : int
+        Iterations of the longest k-means.
+    relative_error_ : float
+        ‖X − X̂‖² / ‖X‖² of the rows that were fitted.
+    n_features_in_ : int
+        Number of features seen during fit.
+    feature_names_in_ : ndarray of shape (n_features_in_,)
+        Names of features seen during fit, if X had names that are all strings.
+
+    See Also
+    --------
+    ProductQuantizer : Much faster to learn and encode.
+
+    References
+    ----------
+    Y. Chen, T. Guan, C. Wang, "Approximate nearest neighbor search by residual vector quantization", 2010.
+    A. Babenko, V. Lempitsky, "Additive quantization for extreme vector compression", 2014, for the least squares.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from vqrs import ResidualQuantizer
+    >>> x = np.random.default_rng(0).standard_normal((200, 6), dtype=np.float32)
+    >>> quantizer = ResidualQuantizer(n_stages=4, n_bits=4, random_state=0).fit(x)
+    >>> quantizer.transform(x).shape  # four stages of four bits: two bytes
+    (200, 2)
+    >>> quantizer.codebooks_[0].shape
+    (16, 6)
+    """
+
+    _kind = "residual"
+
+    def __init__(
+        self,
+        n_stages: int = 8,
+        n_bits: int = 8,
+        beam_width: int = 8,
+        *,
+        n_refinements: int = 5,
+        max_iter: int = 25,
+        tol: float = 1e-4,
+        codebook_dtype: str = "float16",
+        random_state: Any = None,
+        n_jobs: int | None = None,
+        verbose: int = 0,
+    ) -> None:
+        self.n_stages = n_stages
+        self.n_bits = n_bits
+        self.beam_width = beam_width
+        self.n_refinements = n_refinements
+        self.max_iter = max_iter
+        self.tol = tol
+        self.codebook_dtype = codebook_dtype
+        self.random_state = random_state
+        self.n_jobs = n_jobs
+        self.verbose = verbose
+
+
+class ScalarQuantizer(Quantizer):
+    """Each value becomes a small number: a shorter float, or an integer level between two ends.
+
+    Parameters
+    ----------
+    dtype : {"float16", "bfloat16", "int8", "int4", "int2"}, default="int8"
+        What a value is stored as.
+    granularity : {"row", "column", "block"}, default="row"
+        What shares one pair of ends: a row, a column, or ``block_size`` consecutive values of a row. Ends of rows and
+        blocks are stored in the row, as float16. Floats need none.
+    block_size : int, default=64
+        Values in a block, if ``granularity="block"``.
+    clip : {"mse", "minmax"}, default="mse"
+        Ends that make the squared error smallest, or the least and greatest value.
+    symmetric : bool, default=False
+        Whether the levels lie evenly around zero, which leaves the lower end out of the row.
+    n_jobs : int or None, default=None
+        Threads; None takes all that the process may use. The result does not depend on it.
+    verbose : int, default=0
+        1 prints progress.
+
+    Attributes
+    ----------
+    scale_ : ndarray of shape (n_features_in_,), float32, or None
+        Step between the levels of each column, if ``granularity="column"``; rows keep their own otherwise.
+    offset_ : ndarray of shape (n_features_in_,), float32, or None
+        Value of the lowest level of each column, if ``granularity="column"``.
+    row_bytes_ : int
+        Bytes of a row's code, its scales included.
+    n_iter_ : int
+        Rounds of the fit.
+    relative_error_ : float
+        ‖X − X̂‖² / ‖X‖² of the rows that were fitted.
+    n_features_in_ : int
+        Number of features seen during fit.
+    feature_names_in_ : ndarray of shape (n_features_in_,)
+        Names of features seen during fit, if X had names that are all strings.
+
+    References
+    ----------
+    H. Guan et al., "Post-training 4-bit quantization on embedding tables", 2019, for ends that are chosen by error.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from vqrs import ScalarQuantizer
+    >>> x = np.array([[0, 1, 2, 3], [0, 10, 20, 30]], dtype=np.float32)
+    >>> quantizer = ScalarQuantizer("int2").fit(x)
+    >>> codes = quantizer.transform(x)
+    >>> codes.shape  # four values of two bits, a float16 scale and a float16 offset
+    (2, 5)
+    >>> quantizer.inverse_transform(codes)
+    array([[ 0.,  1.,  2.,  3.],
+           [ 0., 10., 20., 30.]], dtype=float32)
+    """
+
+    _kind = "scalar"
+
+    def __init__(
+        self,
+        dtype: str = "int8",
+        granularity: str = "row",
+        *,
+        block_size: int = 64,
+        clip: str = "mse",
+        symmetric: bool = False,
+        n_jobs: int | None = None,
+        verbose: int = 0,
+    ) -> None:
+        self.dtype = dtype
+        self.granularity = granularity
+        self.block_size = block_size
+        self.clip = clip
+        self.symmetric = symmetric
+        self.n_jobs = n_jobs
+        self.verbose = verbose
