@@ -1,0 +1,143 @@
+//! NEON: the vector operations, and safe functions around the bodies. Every aarch64 CPU has NEON, so that nothing needs
+//! to be switched on.
+
+use super::scalar;
+use super::simd::{self, Simd, Widen};
+use super::{BooksView, Ids, Kernels, LevelsView, Panels, Products};
+use std::arch::aarch64::*;
+
+/// The tables that this CPU can run.
+pub(super) fn available() -> Vec<&'static Kernels> {
+    vec![&NEON]
+}
+
+/// 24 sums of 32 registers.
+static NEON: Kernels = Kernels {
+    name: "neon",
+    panel_rows: 16,
+    block_centers: 6,
+    panel_centers: 16,
+    lookup_books,
+    lookup_levels,
+    pack: scalar::pack::<16>,
+    nearest,
+    dots,
+    distances,
+    axpy,
+    add,
+    max_into,
+};
+
+macro_rules! shell {
+    (fn $name:ident($($argument:ident: $type:ty),*) = $body:expr) => {
+        fn $name($($argument: $type),*) {
+            // SAFETY: NEON is part of aarch64.
+            unsafe { $body($($argument),*) }
+        }
+    };
+}
+
+shell!(fn lookup_books(view: &BooksView, codes: &[u8], ids: Ids, out: &mut [f32]) = simd::lookup_books::<Four>);
+shell!(fn lookup_levels(view: &LevelsView, codes: &[u8], ids: Ids, out: &mut [f32]) = simd::lookup_levels::<Four>);
+shell!(fn nearest(task: &Panels, labels: &mut [u32], best: &mut [f32], second: &mut [f32])
+    = simd::nearest::<Four, 4, 6>);
+shell!(fn dots(task: &Products, out: &mut [f32]) = simd::products::<Four, 4, 6, false>);
+shell!(fn distances(task: &Products, out: &mut [f32]) = simd::products::<Four, 4, 4, true>);
+shell!(fn axpy(out: &mut [f32], x: &[f32], weight: f32) = simd::axpy::<Four>);
+shell!(fn add(out: &mut [f32], x: &[f32]) = simd::add::<Four>);
+shell!(fn max_into(out: &mut [f32], x: &[f32]) = simd::max_into::<Four>);
+
+/// Four numbers in a NEON register.
+#[derive(Clone, Copy)]
+struct Four(float32x4_t);
+
+impl Four {
+    /// Four integers as numbers.
+    #[inline(always)]
+    fn of_integers(integers: [u32; 4]) -> Self {
+        // SAFETY: NEON is part of aarch64, and the array holds a vector.
+        Four(unsafe { vcvtq_f32_u32(vld1q_u32(integers.as_ptr())) })
+    }
+}
+
+/// Operations that are one expression.
+macro_rules! operations {
+    ($(fn $name:ident($($argument:ident: $type:ty),*) -> $out:ty = $body:expr;)*) => {
+        $(#[inline(always)]
+        unsafe fn $name($($argument: $type),*) -> $out {
+            // SAFETY: NEON is part of aarch64; the caller's pointers have all numbers that are read.
+            unsafe { $body }
+        })*
+    };
+}
+
+impl Simd for Four {
+    const LANES: usize = 4;
+    operations! {
+        fn splat(value: f32) -> Self = Four(vdupq_n_f32(value));
+        fn load(from: *const f32) -> Self = Four(vld1q_f32(from));
+    }
+    #[inline(always)]
+    unsafe fn store(self, to: *mut f32) {
+        // SAFETY: the caller has room for a vector.
+        unsafe { vst1q_f32(to, self.0) }
+    }
+    #[inline(always)]
+    unsafe fn add(self, other: Self) -> Self {
+        // SAFETY: NEON is part of aarch64.
+        Four(unsafe { vaddq_f32(self.0, other.0) })
+    }
+    #[inline(always)]
+    unsafe fn sub(self, other: Self) -> Self {
+        // SAFETY: NEON is part of aarch64.
+        Four(unsafe { vsubq_f32(self.0, other.0) })
+    }
+    #[inline(always)]
+    unsafe fn mul(self, other: Self) -> Self {
+        // SAFETY: NEON is part of aarch64.
+        Four(unsafe { vmulq_f32(self.0, other.0) })
+    }
+    #[inline(always)]
+    unsafe fn fma(self, factor: Self, sum: Self) -> Self {
+        // SAFETY: NEON is part of aarch64. The sum comes first.
+        Four(unsafe { vfmaq_f32(sum.0, self.0, factor.0) })
+    }
+    #[inline(always)]
+    unsafe fn fnma(self, factor: Self, sum: Self) -> Self {
+        // SAFETY: NEON is part of aarch64. The sum comes first.
+        Four(unsafe { vfmsq_f32(sum.0, self.0, factor.0) })
+    }
+    #[inline(always)]
+    unsafe fn less(self, other: Self, yes: Self, no: Self) -> Self {
+        // SAFETY: NEON is part of aarch64. A selection takes its second operand where the mask is set.
+        Four(unsafe { vbslq_f32(vcltq_f32(self.0, other.0), yes.0, no.0) })
+    }
+}
+
+impl Widen for Four {
+    operations! {
+        fn load_f16(from: *const u16) -> Self = {
+            let halves = from.cast::<[half::f16; 4]>().read_unaligned();
+            Self::load(halves.map(half::f16::to_f32).as_ptr())
+        };
+        fn load_bf16(from: *const u16) -> Self = {
+            let wide = vmovl_u16(vld1_u16(from));
+            Four(vreinterpretq_f32_u32(vshlq_n_u32::<16>(wide)))
+        };
+        fn load_u8(from: *const u8) -> Self = Self::of_integers(from.cast::<[u8; 4]>().read_unaligned().map(u32::from));
+        fn load_u4(from: *const u8) -> Self = {
+            let all = u32::from(from.cast::<u16>().read_unaligned());
+            Self::of_integers([all & 15, all >> 4 & 15, all >> 8 & 15, all >> 12])
+        };
+        fn load_u2(from: *const u8) -> Self = {
+            let all = u32::from(*from);
+            Self::of_integers([all & 3, all >> 2 & 3, all >> 4 & 3, all >> 6])
+        };
+    }
+    #[inline(always)]
+    unsafe fn one_f16(bits: u16) -> f32 {
+        half::f16::from_bits(bits).to_f32()
+    }
+    #[inline(always)]
+    fn prefetch(_: *const u8) {}
+}

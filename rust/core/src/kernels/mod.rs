@@ -1,0 +1,378 @@
+//! The hot loops: one table of function pointers per instruction set, chosen once.
+//!
+//! [`scalar`] says what each kernel means. The other paths give the same bits: every value is made by the same chain of
+//! fused multiply-adds in the same order, whatever the width of the vectors.
+
+#[cfg(target_arch = "aarch64")]
+mod arm;
+mod scalar;
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
+mod simd;
+#[cfg(target_arch = "x86_64")]
+mod x86;
+
+use crate::bits;
+use std::ops::Range;
+use std::sync::OnceLock;
+
+/// Row ids, already validated: each is at least 0 and below the number of rows.
+#[derive(Clone, Copy, Debug)]
+pub enum Ids<'a> {
+    /// `start`, `start + 1`, ...
+    Range {
+        /// The first id.
+        start: usize,
+        /// How many ids.
+        len: usize,
+    },
+    /// 32-bit ids.
+    I32(&'a [i32]),
+    /// 64-bit ids.
+    I64(&'a [i64]),
+}
+
+impl<'a> Ids<'a> {
+    /// How many ids.
+    pub fn len(&self) -> usize {
+        match self {
+            Ids::Range { len, .. } => *len,
+            Ids::I32(ids) => ids.len(),
+            Ids::I64(ids) => ids.len(),
+        }
+    }
+
+    /// True for no ids.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// The id at a position.
+    #[inline(always)]
+    pub fn get(&self, position: usize) -> usize {
+        match self {
+            Ids::Range { start, .. } => start + position,
+            Ids::I32(ids) => ids[position] as usize,
+            Ids::I64(ids) => ids[position] as usize,
+        }
+    }
+
+    /// The ids at a range of positions.
+    pub fn slice(&self, range: Range<usize>) -> Ids<'a> {
+        match self {
+            Ids::Range { start, len } => {
+                assert!(range.start <= range.end && range.end <= *len, "positions {range:?} of {len} ids");
+                Ids::Range { start: start + range.start, len: range.len() }
+            }
+            Ids::I32(ids) => Ids::I32(&ids[range]),
+            Ids::I64(ids) => Ids::I64(&ids[range]),
+        }
+    }
+}
+
+/// Numbers in one of the types that tables keep.
+#[derive(Clone, Copy, Debug)]
+pub enum Values<'a> {
+    /// Single precision.
+    F32(&'a [f32]),
+    /// Bit patterns of IEEE half precision.
+    F16(&'a [u16]),
+    /// Upper halves of single precision.
+    Bf16(&'a [u16]),
+}
+
+impl Values<'_> {
+    /// How many numbers.
+    pub fn len(&self) -> usize {
+        match self {
+            Values::F32(values) => values.len(),
+            Values::F16(values) | Values::Bf16(values) => values.len(),
+        }
+    }
+
+    /// True for no numbers.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+}
+
+/// One codebook: 2^bits entries of `width` values.
+#[derive(Clone, Copy, Debug)]
+pub struct Book<'a> {
+    /// Entries, one after the other.
+    pub entries: Values<'a>,
+    /// First column that the entries stand for.
+    pub start: usize,
+    /// Values in an entry.
+    pub width: usize,
+    /// Overwrite those columns instead of adding to them.
+    pub store: bool,
+}
+
+/// Rows that are sums or joins of codebook entries.
+#[derive(Clone, Debug)]
+pub struct BooksView<'a> {
+    /// Values in a row.
+    pub dim: usize,
+    /// Bits of one code.
+    pub bits: u32,
+    /// Bytes of a row of codes.
+    pub row_bytes: usize,
+    /// A power of two; entries are multiplied by it.
+    pub scale: f32,
+    /// Clear the row before the first book.
+    pub zero_first: bool,
+    /// The books in the order in which they are added; code `m` of a row picks from book `m`.
+    pub books: Vec<Book<'a>>,
+}
+
+/// How one value of a row is written.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Level {
+    /// IEEE half precision.
+    F16,
+    /// The upper half of single precision.
+    Bf16,
+    /// An integer of 8 bits.
+    U8,
+    /// An integer of 4 bits.
+    U4,
+    /// An integer of 2 bits.
+    U2,
+}
+
+impl Level {
+    /// Bits of one value.
+    pub fn bits(self) -> u32 {
+        match self {
+            Level::F16 | Level::Bf16 => 16,
+            Level::U8 => 8,
+            Level::U4 => 4,
+            Level::U2 => 2,
+        }
+    }
+}
+
+/// Where scale and offset come from: value = fma(level, scale, offset).
+#[derive(Clone, Copy, Debug)]
+pub enum Scales<'a> {
+    /// The value is the level itself.
+    None,
+    /// One pair a column.
+    Columns {
+        /// One scale a column.
+        scale: &'a [f32],
+        /// One offset a column.
+        offset: &'a [f32],
+    },
+    /// Pairs at the end of each row's code, one for each block of columns, in order, as little-endian float16: the scale
+    /// and then, unless `symmetric`, the minimum.
+    Row {
+        /// Columns that share a pair; the last block may be shorter.
+        block: usize,
+        /// Only scales are stored: offset = -scale * 2^(bits - 1).
+        symmetric: bool,
+        /// A power of two; stored scales are multiplied by it.
+        scale_factor: f32,
+        /// A power of two; stored minima are multiplied by it.
+        offset_factor: f32,
+    },
+}
+
+/// Rows of levels: `dim` levels packed low bits first, padded to a whole byte, then the pairs (unaligned).
+#[derive(Clone, Debug)]
+pub struct LevelsView<'a> {
+    /// Values in a row.
+    pub dim: usize,
+    /// Bytes of a row's code.
+    pub row_bytes: usize,
+    /// How a level is written.
+    pub level: Level,
+    /// Where scale and offset come from.
+    pub scales: Scales<'a>,
+}
+
+impl LevelsView<'_> {
+    /// Bytes of a row's levels, before the pairs.
+    fn level_bytes(&self) -> usize {
+        bits::row_bytes(self.dim, self.level.bits())
+    }
+}
+
+/// Rows in panels of [`Kernels::panel_rows`], and the centres to compare them with.
+#[derive(Clone, Copy, Debug)]
+pub struct Panels<'a> {
+    /// Values in a row.
+    pub width: usize,
+    /// `[panel][column][row of the panel]`, as [`Kernels::pack`] writes them.
+    pub rows: &'a [f32],
+    /// `[block][column][centre of the block]`, blocks of [`Kernels::block_centers`].
+    pub centers: &'a [f32],
+    /// Half of each centre's squared norm; infinity for centres that only fill the last block.
+    pub half_norms: &'a [f32],
+}
+
+/// Row-major rows, and centres in panels of [`Kernels::panel_centers`].
+#[derive(Clone, Copy, Debug)]
+pub struct Products<'a> {
+    /// Values in a row.
+    pub width: usize,
+    /// The first row's first value, and all that follow.
+    pub x: &'a [f32],
+    /// Values from one row's start to the next.
+    pub stride: usize,
+    /// Number of rows.
+    pub rows: usize,
+    /// `[panel][column][centre of the panel]`, the last panel filled up with anything.
+    pub centers: &'a [f32],
+    /// Number of centres.
+    pub count: usize,
+}
+
+/// The kernels of one instruction set. All tables give the same bits.
+pub struct Kernels {
+    /// `scalar`, `avx2`, `avx512` or `neon`.
+    pub name: &'static str,
+    /// Rows in a panel of `pack` and `nearest`.
+    pub panel_rows: usize,
+    /// Centres in a block of `nearest`.
+    pub block_centers: usize,
+    /// Centres in a panel of `dots` and `distances`.
+    pub panel_centers: usize,
+    /// Decodes the rows `ids` of `codes` into `out`, `ids.len()` rows of `dim` values.
+    pub lookup_books: fn(&BooksView, &[u8], Ids, &mut [f32]),
+    /// Decodes the rows `ids` of `codes` into `out`, `ids.len()` rows of `dim` values.
+    pub lookup_levels: fn(&LevelsView, &[u8], Ids, &mut [f32]),
+    /// `pack(x, stride, rows, shift, out)`: transposes row-major rows less `shift` into panels; rows that only fill the
+    /// last panel become zero. `out` holds whole panels of `shift.len()` columns.
+    pub pack: fn(&[f32], usize, usize, &[f32], &mut [f32]),
+    /// `nearest(panels, labels, best, second)`: for each row the centre of the lowest score `half_norm - <x, c>` (the
+    /// first of equals), its score, and, unless `second` is empty, the next lowest score. One entry a panel row each.
+    pub nearest: fn(&Panels, &mut [u32], &mut [f32], &mut [f32]),
+    /// All scalar products, `out[row * count + centre]`.
+    pub dots: fn(&Products, &mut [f32]),
+    /// All squared distances, summed from differences, `out[row * count + centre]`.
+    pub distances: fn(&Products, &mut [f32]),
+    /// `axpy(out, x, weight)`: out = fma(weight, x, out).
+    pub axpy: fn(&mut [f32], &[f32], f32),
+    /// `add(out, x)`: out = out + x.
+    pub add: fn(&mut [f32], &[f32]),
+    /// `max_into(out, x)`: out = x where x > out.
+    pub max_into: fn(&mut [f32], &[f32]),
+}
+
+impl std::fmt::Debug for Kernels {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(formatter, "Kernels({})", self.name)
+    }
+}
+
+/// The tables that this CPU can run, slowest first. The first is always `scalar`.
+pub fn available() -> Vec<&'static Kernels> {
+    #[cfg(target_arch = "x86_64")]
+    let fast = x86::available();
+    #[cfg(target_arch = "aarch64")]
+    let fast = arm::available();
+    #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
+    let fast: Vec<&'static Kernels> = Vec::new();
+    [vec![&scalar::KERNELS], fast].concat()
+}
+
+struct Choice {
+    kernels: &'static Kernels,
+    error: Option<String>,
+}
+
+/// The fastest table, or the one that `forced` names; a name that is not available gives the fastest and an error.
+fn choose(forced: Option<&str>) -> Choice {
+    let all = available();
+    let kernels = *all.last().expect("scalar is always there");
+    let Some(name) = forced.filter(|name| !name.is_empty()) else {
+        return Choice { kernels, error: None };
+    };
+    match all.iter().find(|kernels| kernels.name == name) {
+        Some(kernels) => Choice { kernels, error: None },
+        None => {
+            let names: Vec<&str> = all.iter().map(|kernels| kernels.name).collect();
+            let error = format!("VQRS_SIMD={name} is not available here: expected one of {}", names.join(", "));
+            Choice { kernels, error: Some(error) }
+        }
+    }
+}
+
+fn choice() -> &'static Choice {
+    static CHOICE: OnceLock<Choice> = OnceLock::new();
+    CHOICE.get_or_init(|| choose(std::env::var("VQRS_SIMD").ok().as_deref()))
+}
+
+/// The table to use: the fastest of this CPU, or the one that the environment variable `VQRS_SIMD` names.
+pub fn best() -> &'static Kernels {
+    choice().kernels
+}
+
+/// What is wrong with `VQRS_SIMD`, if anything; [`best`] then ignores it.
+pub fn forced_error() -> Option<String> {
+    choice().error.clone()
+}
+
+/// The preconditions of the kernels, checked once a call: with them no pointer of a fast path leaves its slice.
+mod check {
+    use super::{bits, BooksView, Ids, LevelsView, Panels, Products, Scales};
+
+    pub(super) fn books(view: &BooksView, ids: &Ids, out: &[f32]) {
+        assert!(view.dim > 0 && (1..=bits::MAX_BITS).contains(&view.bits), "dim or bits of a books view");
+        assert_eq!(Some(out.len()), ids.len().checked_mul(view.dim), "output of a lookup");
+        assert!(view.row_bytes >= bits::row_bytes(view.books.len(), view.bits), "row_bytes of a books view");
+        for book in &view.books {
+            assert!(book.start <= view.dim && book.width <= view.dim - book.start, "columns of a book");
+            assert_eq!(book.entries.len(), book.width << view.bits, "entries of a book");
+        }
+    }
+
+    pub(super) fn levels(view: &LevelsView, ids: &Ids, out: &[f32]) {
+        assert!(view.dim > 0, "dim of a levels view");
+        assert_eq!(Some(out.len()), ids.len().checked_mul(view.dim), "output of a lookup");
+        let pairs = match view.scales {
+            Scales::None => 0,
+            Scales::Columns { scale, offset } => {
+                assert!(scale.len() == view.dim && offset.len() == view.dim, "scales of the columns");
+                0
+            }
+            Scales::Row { block, symmetric, .. } => {
+                assert!(block > 0, "block of a levels view");
+                view.dim.div_ceil(block) * if symmetric { 2 } else { 4 }
+            }
+        };
+        assert!(view.row_bytes >= view.level_bytes() + pairs, "row_bytes of a levels view");
+    }
+
+    fn rows(x: &[f32], stride: usize, rows: usize, width: usize) {
+        assert!(width > 0 && stride >= width, "width and stride of rows");
+        assert!(rows == 0 || x.len() >= (rows - 1) * stride + width, "values of rows");
+    }
+
+    pub(super) fn pack(x: &[f32], stride: usize, count: usize, shift: &[f32], out: &[f32], panel: usize) {
+        rows(x, stride, count, shift.len());
+        assert_eq!(out.len(), count.div_ceil(panel) * panel * shift.len(), "packed rows");
+    }
+
+    pub(super) fn nearest(panels: &Panels, labels: &[u32], best: &[f32], second: &[f32], rows: usize, block: usize) {
+        assert!(panels.width > 0 && labels.len().is_multiple_of(rows), "panels of rows");
+        assert_eq!(panels.rows.len(), labels.len() * panels.width, "packed rows");
+        assert_eq!(panels.centers.len(), panels.half_norms.len() * panels.width, "packed centres");
+        assert!(panels.half_norms.len().is_multiple_of(block), "blocks of centres");
+        assert!(best.len() == labels.len() && (second.is_empty() || second.len() == labels.len()), "scores");
+    }
+
+    pub(super) fn products(task: &Products, out: &[f32], panel: usize) {
+        rows(task.x, task.stride, task.rows, task.width);
+        assert_eq!(task.centers.len(), task.count.next_multiple_of(panel) * task.width, "packed centres");
+        assert_eq!(out.len(), task.rows * task.count, "output of products");
+    }
+
+    pub(super) fn pair(out: &[f32], x: &[f32]) {
+        assert_eq!(out.len(), x.len(), "lengths of two vectors");
+    }
+}
+
+#[cfg(test)]
+mod tests;

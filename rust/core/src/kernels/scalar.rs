@@ -1,0 +1,167 @@
+//! The meaning of every kernel: one plain loop each.
+
+use super::{check, BooksView, Ids, Kernels, Level, LevelsView, Panels, Products, Scales, Values};
+use crate::bits;
+use half::{bf16, f16};
+
+pub(super) static KERNELS: Kernels = Kernels {
+    name: "scalar",
+    panel_rows: PANEL_ROWS,
+    block_centers: BLOCK_CENTERS,
+    panel_centers: PANEL_CENTERS,
+    lookup_books,
+    lookup_levels,
+    pack: pack::<PANEL_ROWS>,
+    nearest,
+    dots,
+    distances,
+    axpy,
+    add,
+    max_into,
+};
+
+const PANEL_ROWS: usize = 8;
+const BLOCK_CENTERS: usize = 4;
+const PANEL_CENTERS: usize = 8;
+
+fn value(values: Values, index: usize) -> f32 {
+    match values {
+        Values::F32(values) => values[index],
+        Values::F16(values) => f16::from_bits(values[index]).to_f32(),
+        Values::Bf16(values) => bf16::from_bits(values[index]).to_f32(),
+    }
+}
+
+pub(super) fn lookup_books(view: &BooksView, codes: &[u8], ids: Ids, out: &mut [f32]) {
+    check::books(view, &ids, out);
+    for (position, out) in out.chunks_exact_mut(view.dim).enumerate() {
+        let code = &codes[ids.get(position) * view.row_bytes..][..view.row_bytes];
+        if view.zero_first {
+            out.fill(0.0);
+        }
+        for (m, book) in view.books.iter().enumerate() {
+            let first = bits::get(code, view.bits, m) as usize * book.width;
+            for (t, out) in out[book.start..][..book.width].iter_mut().enumerate() {
+                let entry = value(book.entries, first + t);
+                *out = if book.store { entry * view.scale } else { entry.mul_add(view.scale, *out) };
+            }
+        }
+    }
+}
+
+pub(super) fn half_at(bytes: &[u8], index: usize) -> u16 {
+    u16::from_le_bytes([bytes[2 * index], bytes[2 * index + 1]])
+}
+
+pub(super) fn level_at(level: Level, code: &[u8], index: usize) -> f32 {
+    match level {
+        Level::F16 => f16::from_bits(half_at(code, index)).to_f32(),
+        Level::Bf16 => bf16::from_bits(half_at(code, index)).to_f32(),
+        Level::U8 | Level::U4 | Level::U2 => bits::get(code, level.bits(), index) as f32,
+    }
+}
+
+/// Scale and offset of block `index`; `pairs` is what follows the levels of a row.
+pub(super) fn pair_at(view: &LevelsView, pairs: &[u8], index: usize) -> (f32, f32) {
+    let Scales::Row { symmetric, scale_factor, offset_factor, .. } = view.scales else { unreachable!() };
+    let number = |at| f16::from_bits(half_at(pairs, at)).to_f32();
+    if symmetric {
+        let scale = number(index) * scale_factor;
+        (scale, -scale * (1u32 << (view.level.bits() - 1)) as f32)
+    } else {
+        (number(2 * index) * scale_factor, number(2 * index + 1) * offset_factor)
+    }
+}
+
+pub(super) fn lookup_levels(view: &LevelsView, codes: &[u8], ids: Ids, out: &mut [f32]) {
+    check::levels(view, &ids, out);
+    for (position, out) in out.chunks_exact_mut(view.dim).enumerate() {
+        let code = &codes[ids.get(position) * view.row_bytes..][..view.row_bytes];
+        for (t, out) in out.iter_mut().enumerate() {
+            let level = level_at(view.level, code, t);
+            *out = match view.scales {
+                Scales::None => level,
+                Scales::Columns { scale, offset } => level.mul_add(scale[t], offset[t]),
+                Scales::Row { block, .. } => {
+                    let (scale, offset) = pair_at(view, &code[view.level_bytes()..], t / block);
+                    level.mul_add(scale, offset)
+                }
+            };
+        }
+    }
+}
+
+pub(super) fn pack<const PANEL: usize>(x: &[f32], stride: usize, rows: usize, shift: &[f32], out: &mut [f32]) {
+    check::pack(x, stride, rows, shift, out, PANEL);
+    for (panel, out) in out.chunks_exact_mut(PANEL * shift.len()).enumerate() {
+        for (t, out) in out.chunks_exact_mut(PANEL).enumerate() {
+            for (r, out) in out.iter_mut().enumerate() {
+                let row = panel * PANEL + r;
+                *out = if row < rows { x[row * stride + t] - shift[t] } else { 0.0 };
+            }
+        }
+    }
+}
+
+fn nearest(panels: &Panels, labels: &mut [u32], best: &mut [f32], second: &mut [f32]) {
+    check::nearest(panels, labels, best, second, PANEL_ROWS, BLOCK_CENTERS);
+    let width = panels.width;
+    for row in 0..labels.len() {
+        let (mut label, mut low, mut next) = (0, f32::INFINITY, f32::INFINITY);
+        let x = |t: usize| panels.rows[(row / PANEL_ROWS * width + t) * PANEL_ROWS + row % PANEL_ROWS];
+        for (j, half_norm) in panels.half_norms.iter().enumerate() {
+            let c = |t: usize| panels.centers[(j / BLOCK_CENTERS * width + t) * BLOCK_CENTERS + j % BLOCK_CENTERS];
+            let score = (0..width).fold(*half_norm, |sum, t| (-x(t)).mul_add(c(t), sum));
+            if score < low {
+                (next, low, label) = (low, score, j as u32);
+            } else if score < next {
+                next = score;
+            }
+        }
+        (labels[row], best[row]) = (label, low);
+        if !second.is_empty() {
+            second[row] = next;
+        }
+    }
+}
+
+fn products(task: &Products, out: &mut [f32], step: impl Fn(f32, f32, f32) -> f32) {
+    check::products(task, out, PANEL_CENTERS);
+    let width = task.width;
+    for row in 0..task.rows {
+        let x = &task.x[row * task.stride..][..width];
+        for j in 0..task.count {
+            let c = |t: usize| task.centers[(j / PANEL_CENTERS * width + t) * PANEL_CENTERS + j % PANEL_CENTERS];
+            out[row * task.count + j] = (0..width).fold(0.0, |sum, t| step(x[t], c(t), sum));
+        }
+    }
+}
+
+fn dots(task: &Products, out: &mut [f32]) {
+    products(task, out, |x, c, sum| x.mul_add(c, sum));
+}
+
+fn distances(task: &Products, out: &mut [f32]) {
+    products(task, out, |x, c, sum| (x - c).mul_add(x - c, sum));
+}
+
+fn axpy(out: &mut [f32], x: &[f32], weight: f32) {
+    check::pair(out, x);
+    for (out, x) in out.iter_mut().zip(x) {
+        *out = weight.mul_add(*x, *out);
+    }
+}
+
+fn add(out: &mut [f32], x: &[f32]) {
+    check::pair(out, x);
+    for (out, x) in out.iter_mut().zip(x) {
+        *out += *x;
+    }
+}
+
+fn max_into(out: &mut [f32], x: &[f32]) {
+    check::pair(out, x);
+    for (out, x) in out.iter_mut().zip(x) {
+        *out = if *x > *out { *x } else { *out };
+    }
+}

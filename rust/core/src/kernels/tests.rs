@@ -1,0 +1,232 @@
+//! Every path against the scalar one, bit by bit.
+
+use super::*;
+use crate::rng::Rng;
+use proptest::prelude::*;
+
+fn floats(rng: &mut Rng, count: usize) -> Vec<f32> {
+    // Some coarse numbers, so that there are ties.
+    (0..count).map(|_| if rng.below(4) == 0 { rng.below(5) as f32 - 2.0 } else { rng.normal() as f32 }).collect()
+}
+
+fn same(a: &[f32], b: &[f32]) -> Result<(), TestCaseError> {
+    let bits = |values: &[f32]| values.iter().map(|v| v.to_bits()).collect::<Vec<_>>();
+    prop_assert_eq!(bits(a), bits(b));
+    Ok(())
+}
+
+#[derive(Clone)]
+enum Stored {
+    F32(Vec<f32>),
+    F16(Vec<u16>),
+    Bf16(Vec<u16>),
+}
+
+impl Stored {
+    fn new(kind: usize, values: &[f32]) -> Self {
+        match kind {
+            0 => Stored::F32(values.to_vec()),
+            1 => Stored::F16(values.iter().map(|v| half::f16::from_f32(*v).to_bits()).collect()),
+            _ => Stored::Bf16(values.iter().map(|v| half::bf16::from_f32(*v).to_bits()).collect()),
+        }
+    }
+    fn view(&self) -> Values<'_> {
+        match self {
+            Stored::F32(values) => Values::F32(values),
+            Stored::F16(values) => Values::F16(values),
+            Stored::Bf16(values) => Values::Bf16(values),
+        }
+    }
+}
+
+/// `(start, width)` of the books and the row's width: parts side by side, full rows, or anything.
+fn places(layout: usize, books: usize, width: usize, rng: &mut Rng) -> (Vec<(usize, usize)>, usize) {
+    match layout {
+        0 => ((0..books).map(|m| (m * width, width)).collect(), books * width),
+        1 => (vec![(0, width); books], width),
+        _ => {
+            let dim = width + 3;
+            let place = |rng: &mut Rng| {
+                let start = rng.below(dim);
+                (start, rng.below(dim - start + 1))
+            };
+            ((0..books).map(|_| place(rng)).collect(), dim)
+        }
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(if cfg!(miri) { 2 } else { 600 }))]
+
+    #[test]
+    fn books(seed: u64, layout in 0usize..3, kind in 0usize..4, count in 1usize..10, width in 1usize..70,
+             bits in prop::sample::select(vec![1u32, 3, 4, 7, 8, 9, 12]), spare in 0usize..3, n in 0usize..70) {
+        let rng = &mut Rng::new(seed);
+        let (places, dim) = places(layout, count, width, rng);
+        let kinds: Vec<usize> = places.iter().map(|_| if kind == 3 { rng.below(3) } else { kind }).collect();
+        let stored: Vec<Stored> = places.iter().zip(&kinds)
+            .map(|((_, width), kind)| Stored::new(*kind, &floats(rng, width << bits))).collect();
+        let zero_first = rng.below(2) == 0;
+        let books = stored.iter().zip(&places).enumerate().map(|(m, (entries, (start, width)))| {
+            let store = match layout { 0 => true, 1 => m == 0 && !zero_first, _ => rng.below(2) == 0 };
+            Book { entries: entries.view(), start: *start, width: *width, store }
+        }).collect();
+        let row_bytes = bits::row_bytes(count, bits) + spare;
+        let scale = [1.0, 0.25, 8.0][rng.below(3)];
+        let view = BooksView { dim, bits, row_bytes, scale, zero_first, books };
+        let rows = 50;
+        let codes: Vec<u8> = (0..rows * row_bytes).map(|_| rng.next_u64() as u8).collect();
+        let wide: Vec<i64> = (0..n).map(|_| rng.below(rows) as i64).collect();
+        let narrow: Vec<i32> = wide.iter().map(|id| *id as i32).collect();
+        let before = floats(rng, n * dim);
+        let mut expected = before.clone();
+        (scalar::KERNELS.lookup_books)(&view, &codes, Ids::I64(&wide), &mut expected);
+        for kernels in available() {
+            for ids in [Ids::I64(&wide), Ids::I32(&narrow)] {
+                let mut out = before.clone();
+                (kernels.lookup_books)(&view, &codes, ids, &mut out);
+                same(&out, &expected)?;
+            }
+        }
+    }
+
+    #[test]
+    fn levels(seed: u64, dim in 1usize..68, symmetric: bool, form in 0usize..3, block in 1usize..70, spare in 0usize..3,
+              level in prop::sample::select(vec![Level::F16, Level::Bf16, Level::U8, Level::U4, Level::U2])) {
+        let rng = &mut Rng::new(seed);
+        let (scale, offset) = (floats(rng, dim), floats(rng, dim));
+        let scales = match form {
+            0 => Scales::None,
+            1 => Scales::Columns { scale: &scale, offset: &offset },
+            _ => Scales::Row { block: block.min(dim), symmetric, scale_factor: 0.5, offset_factor: 4.0 },
+        };
+        let row_bytes = bits::row_bytes(dim, level.bits()) + 4 * dim.div_ceil(block) + spare;
+        let rows = 60;
+        // Half precision without infinities: bytes of random finite numbers.
+        let halves: Vec<u8> = floats(rng, rows * row_bytes).iter()
+            .flat_map(|v| half::f16::from_f32(*v).to_bits().to_le_bytes()).collect();
+        let codes = &halves[..rows * row_bytes];
+        let view = LevelsView { dim, row_bytes, level, scales };
+        let ids = Ids::Range { start: 1, len: rows - 1 };
+        let mut expected = vec![0.0; (rows - 1) * dim];
+        (scalar::KERNELS.lookup_levels)(&view, codes, ids, &mut expected);
+        // NaN has many patterns; numbers that are not finite do not occur in tables.
+        prop_assume!(expected.iter().all(|v| v.is_finite()));
+        for kernels in available() {
+            let mut out = vec![f32::NAN; expected.len()];
+            (kernels.lookup_levels)(&view, codes, ids, &mut out);
+            same(&out, &expected)?;
+        }
+    }
+
+    #[test]
+    fn tiles(seed: u64, rows in 1usize..68, width in 1usize..40, count in 1usize..68, gap in 0usize..5) {
+        let rng = &mut Rng::new(seed);
+        let (stride, shift) = (width + gap, floats(rng, width));
+        let (x, centers) = (floats(rng, rows * stride), floats(rng, count * width));
+        let mut seen: Option<(Vec<u32>, Vec<f32>, Vec<f32>, Vec<f32>, Vec<f32>)> = None;
+        for kernels in available() {
+            let padded = rows.next_multiple_of(kernels.panel_rows);
+            let mut panels = vec![f32::NAN; padded * width];
+            (kernels.pack)(&x, stride, rows, &shift, &mut panels);
+            let block = kernels.block_centers;
+            let total = count.next_multiple_of(block);
+            let center = |j: usize, t: usize| if j < count { centers[j * width + t] } else { 0.0 };
+            let packed: Vec<f32> = (0..total * width)
+                .map(|i| center(i / (block * width) * block + i % block, i / block % width)).collect();
+            let half_norms: Vec<f32> = (0..total).map(|j| match j < count {
+                true => (0..width).map(|t| center(j, t).powi(2)).sum::<f32>() / 2.0,
+                false => f32::INFINITY,
+            }).collect();
+            let task = Panels { width, rows: &panels, centers: &packed, half_norms: &half_norms };
+            let (mut labels, mut best, mut second) = (vec![7; padded], vec![0.0; padded], vec![0.0; padded]);
+            (kernels.nearest)(&task, &mut labels, &mut best, &mut second);
+            let (mut alone, mut lowest) = (vec![9; padded], vec![0.0; padded]);
+            (kernels.nearest)(&task, &mut alone, &mut lowest, &mut []);
+            prop_assert_eq!(&alone, &labels);
+            same(&lowest, &best)?;
+
+            let wide = kernels.panel_centers;
+            let packed: Vec<f32> = (0..count.next_multiple_of(wide) * width)
+                .map(|i| center(i / (wide * width) * wide + i % wide, i / wide % width)).collect();
+            let task = Products { width, x: &x, stride, rows, centers: &packed, count };
+            let (mut dots, mut distances) = (vec![f32::NAN; rows * count], vec![f32::NAN; rows * count]);
+            (kernels.dots)(&task, &mut dots);
+            (kernels.distances)(&task, &mut distances);
+
+            let got = (labels[..rows].to_vec(), best[..rows].to_vec(), second[..rows].to_vec(), dots, distances);
+            match &seen {
+                None => seen = Some(got),
+                Some(expected) => {
+                    prop_assert_eq!(&got.0, &expected.0);
+                    same(&got.1, &expected.1)?;
+                    same(&got.2, &expected.2)?;
+                    same(&got.3, &expected.3)?;
+                    same(&got.4, &expected.4)?;
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn pairs() {
+    for n in 0..=67 {
+        let rng = &mut Rng::new(n as u64);
+        let (x, start) = (floats(rng, n), floats(rng, n));
+        let run = |kernels: &Kernels| {
+            let mut outs = [start.clone(), start.clone(), start.clone()];
+            (kernels.axpy)(&mut outs[0], &x, 0.3);
+            (kernels.add)(&mut outs[1], &x);
+            (kernels.max_into)(&mut outs[2], &x);
+            outs.map(|out| out.iter().map(|v| v.to_bits()).collect::<Vec<_>>())
+        };
+        for kernels in available() {
+            assert_eq!(run(kernels), run(&scalar::KERNELS), "{} {n}", kernels.name);
+        }
+    }
+}
+
+#[test]
+fn packing_transposes() {
+    for kernels in available() {
+        let (rows, width, stride) = (kernels.panel_rows + 3, 11, 13);
+        let x: Vec<f32> = (0..rows * stride).map(|i| i as f32).collect();
+        let shift = vec![1.0; width];
+        let mut out = vec![f32::NAN; rows.next_multiple_of(kernels.panel_rows) * width];
+        (kernels.pack)(&x, stride, rows, &shift, &mut out);
+        for (i, value) in out.iter().enumerate() {
+            let (t, r) = (i / kernels.panel_rows % width, i % kernels.panel_rows);
+            let row = i / (kernels.panel_rows * width) * kernels.panel_rows + r;
+            let expected = if row < rows { x[row * stride + t] - 1.0 } else { 0.0 };
+            assert_eq!(*value, expected, "{} row {row} column {t}", kernels.name);
+        }
+    }
+}
+
+#[test]
+fn a_forced_path() {
+    assert_eq!(choose(Some("scalar")).kernels.name, "scalar");
+    assert!(choose(Some("scalar")).error.is_none() && choose(Some("")).error.is_none() && choose(None).error.is_none());
+    let unknown = choose(Some("abacus"));
+    assert_eq!(unknown.kernels.name, choose(None).kernels.name);
+    assert!(unknown.error.unwrap().contains("VQRS_SIMD=abacus"));
+}
+
+#[test]
+#[should_panic(expected = "entries of a book")]
+fn a_short_book_is_refused() {
+    let entries = [0.0; 7];
+    let book = Book { entries: Values::F32(&entries), start: 0, width: 2, store: true };
+    let view = BooksView { dim: 2, bits: 2, row_bytes: 1, scale: 1.0, zero_first: false, books: vec![book] };
+    (best().lookup_books)(&view, &[0], Ids::Range { start: 0, len: 1 }, &mut [0.0; 2]);
+}
+
+#[test]
+#[should_panic]
+fn an_id_outside_is_refused() {
+    let entries = [0.0; 8];
+    let book = Book { entries: Values::F32(&entries), start: 0, width: 2, store: true };
+    let view = BooksView { dim: 2, bits: 2, row_bytes: 1, scale: 1.0, zero_first: false, books: vec![book] };
+    (best().lookup_books)(&view, &[0], Ids::I32(&[-1]), &mut [0.0; 2]);
+}
