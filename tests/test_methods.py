@@ -1,0 +1,532 @@
+"""Figures that a right implementation of each method reaches, and properties that catch a wrong one.
+
+The figures are relative squared errors on standard normal rows, from theory or measured once with other programs; each
+states its tolerance. Methods are named by paper in the modules that implement them.
+"""
+
+import itertools
+import statistics
+
+import numpy as np
+import pytest
+
+from vqrs import _core, reference
+
+
+def normal(n_rows: int, dim: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).normal(size=(n_rows, dim)).astype(np.float32)
+
+
+def normal_quantiles(n: int) -> np.ndarray:
+    """A sample of n values with the standard normal distribution and no noise, as one column."""
+    inverse = statistics.NormalDist().inv_cdf
+    return np.array([[inverse((i + 0.5) / n)] for i in range(n)], np.float32)
+
+
+def fit(kind: str, x: np.ndarray, **parameters) -> tuple[_core.Codec, np.ndarray]:
+    return _core.fit(kind, parameters, x)
+
+
+def fit_error(kind: str, x: np.ndarray, **parameters) -> float:
+    return fit(kind, x, **parameters)[0].relative_error
+
+
+def kmeans(x: np.ndarray, init: np.ndarray, **options) -> tuple[np.ndarray, np.ndarray, float, int, int]:
+    """Lloyd's iterations from given centres, to the end unless told otherwise."""
+    return _core.kmeans_fit(x, len(init), init=init, **{"max_iter": 300, "tol": 0.0, **options})
+
+
+def table_of(kind: str, x: np.ndarray, **parameters) -> _core.Table:
+    codec, codes = fit(kind, x, **parameters)
+    return _core.Table.from_codec(codec, codes, errors={"relative": codec.relative_error})
+
+
+def squared_error(x: np.ndarray, decoded: np.ndarray) -> np.ndarray:
+    """Of each row."""
+    return ((x.astype(np.float64) - decoded) ** 2).sum(axis=1)
+
+
+# ---- conventions ---------------------------------------------------------------------------------------------------
+
+LLOYD_MAX_LEVELS = {
+    1: [0.79788],
+    2: [0.45278, 1.51042],
+    3: [0.24509, 0.75601, 1.34391, 2.15195],
+    4: [0.12840, 0.38805, 0.65676, 0.94234, 1.25623, 1.61805, 2.06902, 2.73259],
+}
+LLOYD_MAX_ERROR = {1: 0.36338, 2: 0.11748, 3: 0.03455, 4: 0.00950}
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3, 4])
+def test_kmeans_of_one_column_is_the_lloyd_max_quantizer(bits):
+    x = normal_quantiles(20_000)
+    codec, _ = fit("kmeans", x, n_clusters=2**bits, max_iter=2000, tol=0.0, codebook_dtype="float32")
+    positive = np.array(LLOYD_MAX_LEVELS[bits])
+    assert np.sort(codec.books()[0][:, 0]) == pytest.approx([*-positive[::-1], *positive], abs=0.01)
+    assert codec.relative_error == pytest.approx(LLOYD_MAX_ERROR[bits], rel=0.01)
+
+
+@pytest.mark.parametrize(("dtype", "figure"), [("int2", 0.11885), ("int4", 0.01154)])
+def test_searched_range_of_a_column_is_the_best_uniform_quantizer(dtype, figure):
+    x = normal_quantiles(20_000)
+    error = fit_error("scalar", x, dtype=dtype, granularity="column", clip="mse")
+    assert error == pytest.approx(figure, rel=0.01)
+
+
+@pytest.mark.parametrize("n_bits", [1, 2, 3, 4])
+def test_no_code_of_normal_rows_beats_shannon(n_bits):
+    """With 20,000 rows for 2**n_bits entries of one column, codebooks cannot learn the noise."""
+    assert fit_error("product", normal(20_000, 2), n_subvectors=2, n_bits=n_bits) > 4.0**-n_bits
+
+
+ROW_FIGURES = {
+    16: {"int8": 1.47e-5, "int8 symmetric": 2.20e-5, "int4": 0.0043, "int2": 0.108},
+    64: {"int8": 2.76e-5, "int8 symmetric": 3.48e-5, "int4": 0.0080, "int2": 0.201},
+    128: {"int8": 3.45e-5, "int8 symmetric": 4.19e-5, "int4": 0.0100, "int2": 0.251},
+    768: {"int8": 5.17e-5, "int8 symmetric": 5.91e-5, "int4": 0.0149, "int2": 0.379},
+}
+"""Errors of ranges from the smallest to the largest value of a row."""
+
+
+@pytest.mark.parametrize("dim", list(ROW_FIGURES))
+@pytest.mark.parametrize("name", ["int8", "int8 symmetric", "int4", "int2"])
+def test_scales_by_row_reach_the_figures(dim, name):
+    dtype, *symmetric = name.split()
+    x = normal(max(1500, 100_000 // dim), dim)
+    error = fit_error("scalar", x, dtype=dtype, granularity="row", clip="minmax", symmetric=bool(symmetric))
+    assert error == pytest.approx(ROW_FIGURES[dim][name], rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "block_size", "symmetric", "figure"),
+    [("int4", 64, True, 0.0116), ("int4", 64, False, 0.00804), ("int8", 32, True, 2.86e-5)],
+)
+def test_scales_by_block_reach_the_figures(dtype, block_size, symmetric, figure):
+    parameters = {"dtype": dtype, "granularity": "block", "block_size": block_size, "symmetric": symmetric}
+    assert fit_error("scalar", normal(1000, 256), clip="minmax", **parameters) == pytest.approx(figure, rel=0.02)
+
+
+@pytest.mark.parametrize("kind", [entry["name"] for entry in _core.kinds()])
+def test_bytes_count_everything(kind, tmp_path):
+    """Codes and decoder tensors are all there, and the rest of the file is small and fixed."""
+    table = table_of(kind, normal(3000, 32))
+    held = table.codes().nbytes + sum(tensor.nbytes for tensor in table.tensors().values())
+    size = table.save(str(tmp_path / "table.safetensors"))
+    assert size == table.nbytes
+    assert held < size <= held + 2 * 4096 + 8 * (held // 65536 + 2) + 64 * 8
+
+
+def test_rounding_takes_ties_to_even():
+    """One rule for all: level k + 1/2 goes to the even neighbour."""
+    x = np.array([[0, 0.5, 1.5, 2.5, 254.5, 255]], np.float32)
+    codec, codes = fit("scalar", x, dtype="int8", clip="minmax")
+    assert codec.decode(codes).tolist() == [[0, 0, 2, 2, 254, 255]]
+
+
+# ---- A1: casts -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("dtype", "figure"), [("float16", 4.3e-8), ("bfloat16", 2.76e-6)])
+def test_casts_round_to_nearest_even(dtype, figure):
+    """Truncation instead of rounding would cost four times as much."""
+    codec, codes = fit("scalar", normal(2000, 64), dtype=dtype)
+    assert codec.relative_error == pytest.approx(figure, rel=0.02)
+    assert codes.shape == (2000, 2 * 64)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_every_finite_pattern_survives(dtype):
+    """Subnormal numbers and minus zero among them."""
+    patterns = np.arange(2**16, dtype=np.uint16)
+    if dtype == "float16":
+        values = patterns.view(np.float16).astype(np.float32)
+    else:
+        values = (patterns.astype(np.uint32) << 16).view(np.float32)
+    kept = np.abs(values) <= 1e15  # the largest magnitude that a table may hold; False for NaN
+    codec, codes = fit("scalar", values[kept].reshape(-1, 1), dtype=dtype)
+    assert codes.view(np.uint16).ravel().tolist() == patterns[kept].tolist()
+    assert codec.decode(codes).tobytes() == values[kept].tobytes()
+
+
+@pytest.mark.parametrize("value", [65520.0, -1e6])
+def test_values_beyond_float16_are_refused_with_the_way_out(value):
+    with pytest.raises(ValueError, match=r"float16.*65504.*bfloat16"):
+        fit("scalar", np.array([[1.0, value]], np.float32), dtype="float16")
+
+
+def test_the_largest_float16_is_kept():
+    codec, codes = fit("scalar", np.array([[65504.0, -65519.0]], np.float32), dtype="float16")
+    assert codec.decode(codes).tolist() == [[65504.0, -65504.0]]
+
+
+# ---- A2, A3: integers by row and block -----------------------------------------------------------------------------
+
+INTEGERS = ["int8", "int4", "int2"]
+
+
+@pytest.mark.parametrize("dtype", INTEGERS)
+@pytest.mark.parametrize("granularity", ["row", "block", "column"])
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_full_ranges_err_by_half_a_step(dtype, granularity, symmetric):
+    x = normal(200, 50) + 0.3
+    bits, size = int(dtype[3:]), {"row": 50, "column": 1, "block": 16}[granularity]
+    parameters = {"dtype": dtype, "granularity": granularity, "block_size": 16, "symmetric": symmetric}
+    codec, codes = fit("scalar", x, clip="minmax", **parameters)
+    error = np.abs(x - codec.decode(codes))
+    for start in range(0, 50, size):
+        columns = slice(start, start + size)
+        axis = 0 if granularity == "column" else 1
+        low, high = x[:, columns].min(axis=axis), x[:, columns].max(axis=axis)
+        steps = 2 ** (bits - 1) - 1 if symmetric else 2**bits - 1
+        step = (np.maximum(np.abs(low), np.abs(high)) if symmetric else high - low) / steps
+        # float16 scales: a minimum of up to 8 moves down by up to 2**-8 before the step is chosen.
+        slack = 0 if granularity == "column" else 2.0**-8 / steps
+        assert (error[:, columns].max(axis=axis) <= step * 0.502 + slack).all()
+
+
+@pytest.mark.parametrize("dtype", ["int4", "int2"])
+@pytest.mark.parametrize("granularity", ["row", "block", "column"])
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_searched_ranges_are_never_worse_in_any_row(dtype, granularity, symmetric):
+    x = normal(300, 48)
+    parameters = {"dtype": dtype, "granularity": granularity, "symmetric": symmetric}
+    full, searched = (fit("scalar", x, clip=clip, **parameters) for clip in ("minmax", "mse"))
+    errors = [squared_error(x, codec.decode(codes)) for codec, codes in (full, searched)]
+    assert errors[1].sum() < errors[0].sum()
+    if granularity != "column":
+        assert (errors[1] <= errors[0] * 1.0001).all()
+
+
+SEARCHED_FIGURES = {(64, "int2"): 0.112, (128, "int2"): 0.118, (768, "int2"): 0.124} | {
+    (64, "int4"): 0.0074,
+    (128, "int4"): 0.0088,
+    (768, "int4"): 0.0112,
+}
+
+
+@pytest.mark.parametrize(("dim", "dtype"), list(SEARCHED_FIGURES))
+def test_searched_ranges_reach_the_figures(dim, dtype):
+    """The figures shrink the range around its middle; moving both ends may do better."""
+    assert fit_error("scalar", normal(1500, dim), dtype=dtype, clip="mse") <= 1.02 * SEARCHED_FIGURES[dim, dtype]
+
+
+@pytest.mark.parametrize("dtype", INTEGERS)
+@pytest.mark.parametrize("granularity", ["row", "block", "column"])
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_a_decoded_row_has_its_own_code(dtype, granularity, symmetric):
+    parameters = {"dtype": dtype, "granularity": granularity, "block_size": 7, "symmetric": symmetric}
+    codec, codes = fit("scalar", normal(300, 30), clip="minmax", **parameters)
+    assert np.array_equal(codec.encode(codec.decode(codes)), codes)
+
+
+@pytest.mark.parametrize(("dtype", "bits"), [("int8", 8), ("int4", 4), ("int2", 2)])
+def test_rows_have_the_bytes_of_the_formula(dtype, bits):
+    x = normal(20, 13)
+    levels = -(-13 * bits // 8)
+    assert fit("scalar", x, dtype=dtype)[0].row_bytes == levels + 4
+    assert fit("scalar", x, dtype=dtype, symmetric=True)[0].row_bytes == levels + 2
+    assert fit("scalar", x, dtype=dtype, granularity="column")[0].row_bytes == levels
+    assert fit("scalar", x, dtype=dtype, granularity="block", block_size=5)[0].row_bytes == levels + 3 * 4
+
+
+@pytest.mark.parametrize("dtype", INTEGERS)
+@pytest.mark.parametrize("clip", ["mse", "minmax"])
+def test_constant_rows_that_float16_holds_are_exact(dtype, clip):
+    x = np.repeat(np.array([[1.0], [-0.75], [0.0], [1000.0]], np.float32), 9, axis=1)
+    codec, codes = fit("scalar", x, dtype=dtype, clip=clip)
+    assert codec.decode(codes).tolist() == x.tolist()
+
+
+@pytest.mark.parametrize("dtype", INTEGERS)
+def test_constant_rows_keep_float16_precision(dtype):
+    x = np.repeat(np.array([[1 / 3], [-np.pi]], np.float32), 9, axis=1)
+    codec, codes = fit("scalar", x, dtype=dtype)
+    assert np.allclose(codec.decode(codes), x, rtol=2.0**-10)
+
+
+@pytest.mark.parametrize("dtype", INTEGERS)
+def test_blocks_do_not_cross_rows_and_the_last_may_be_short(dtype):
+    """A huge value spoils its own block and no other, and a block of zeros is zeros."""
+    x = normal(4, 10)
+    x[1, 9] = 1000
+    x[2, :4] = 0
+    parameters = {"dtype": dtype, "granularity": "block", "block_size": 4, "clip": "minmax"}
+    codec, codes = fit("scalar", x, **parameters)
+    decoded = codec.decode(codes)
+    spoiled = x.copy()
+    spoiled[1, 9] = x[1, 8]
+    calm, calm_codes = fit("scalar", spoiled, **parameters)
+    same = calm.decode(calm_codes)
+    assert np.allclose(decoded[0], same[0], rtol=1e-3, atol=1e-3)
+    assert np.allclose(decoded[2:], same[2:], rtol=1e-3, atol=1e-3)
+    assert np.allclose(decoded[1, :8], same[1, :8], rtol=1e-3, atol=1e-3)
+    assert decoded[2, :4].tolist() == [0, 0, 0, 0]
+
+
+# ---- A8: k-means ---------------------------------------------------------------------------------------------------
+
+
+def test_inertia_never_increases():
+    x = normal(2000, 8)
+    init = x[:40].copy()
+    inertias = [kmeans(x, init, max_iter=n)[2] for n in range(1, 15)]
+    assert all(later <= earlier * (1 + 1e-9) for earlier, later in itertools.pairwise(inertias))
+    assert inertias[-1] < 0.95 * inertias[0]
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_each_centre_is_the_mean_of_its_rows(weighted):
+    x = normal(500, 4)
+    weights = np.random.default_rng(1).uniform(0.5, 3, size=500) if weighted else None
+    centers, labels, inertia, _, _ = kmeans(x, x[:10].copy(), sample_weight=weights)
+    used = np.ones(500) if weights is None else weights
+    means = [np.average(x[labels == k], axis=0, weights=used[labels == k]) for k in range(10)]
+    assert np.allclose(centers, means, atol=1e-5)
+    assert inertia == pytest.approx((used * squared_error(x, centers[labels])).sum(), rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["kmeans", "product", "residual"])
+def test_enough_entries_for_the_distinct_rows_are_exact(kind):
+    x = normal(6, 4)[np.random.default_rng(0).integers(0, 6, size=50)]
+    parameters = {"kmeans": {"n_clusters": 8}, "product": {"n_subvectors": 2, "n_bits": 3}}
+    options = parameters.get(kind, {"n_stages": 1, "n_bits": 3})
+    codec, codes = fit(kind, x, codebook_dtype="float32", **options)
+    assert np.allclose(codec.decode(codes), x, rtol=1e-6, atol=1e-7)
+    assert codec.relative_error < 1e-12
+
+
+@pytest.mark.parametrize("shape", [(1000, 2, 7), (500, 17, 33), (300, 130, 65)])
+def test_labels_are_the_nearest_centres(shape):
+    n_rows, dim, n_clusters = shape
+    x, centers = normal(n_rows, dim), normal(n_clusters, dim, seed=1)
+    labels, distances = _core.kmeans_predict(x, centers, "euclidean")
+    assert labels.tolist() == reference.encode_kmeans(x, centers).tolist()
+    assert np.allclose(distances, squared_error(x, centers[labels]), rtol=1e-4)
+
+
+def test_equally_near_centres_go_to_the_lowest_index():
+    rng = np.random.default_rng(0)
+    x = rng.integers(-3, 4, size=(500, 3)).astype(np.float32)
+    centers = rng.integers(-3, 4, size=(40, 3)).astype(np.float32)
+    labels, _ = _core.kmeans_predict(x, centers, "euclidean")
+    assert labels.tolist() == reference.encode_kmeans(x, centers).tolist()
+
+
+def test_permuting_rows_permutes_labels_only():
+    x = normal(400, 5)
+    order = np.random.default_rng(1).permutation(400)
+    centers, labels, *_ = kmeans(x, x[:8].copy())
+    permuted_centers, permuted_labels, *_ = kmeans(x[order], x[:8].copy())
+    assert np.allclose(centers, permuted_centers, atol=1e-5)
+    assert labels[order].tolist() == permuted_labels.tolist()
+
+
+@pytest.mark.parametrize(("factor", "shift"), [(4.0, 0.0), (1.0, 8.0), (0.5, -3.0)])
+def test_scaling_and_shifting_move_the_centres_alike(factor, shift):
+    x = normal(400, 5)
+    centers, labels, *_ = kmeans(x, x[:8].copy())
+    moved = (x * factor + shift).astype(np.float32)
+    moved_centers, moved_labels, *_ = kmeans(moved, moved[:8].copy())
+    assert np.allclose(moved_centers, centers * factor + shift, atol=1e-4)
+    assert (labels == moved_labels).mean() > 0.99
+
+
+def test_integer_weights_are_repeated_rows():
+    x = normal(300, 4)
+    counts = np.random.default_rng(0).integers(0, 4, size=300)
+    init = x[:8].copy()
+    weighted = kmeans(x, init, sample_weight=counts.astype(np.float64))
+    repeated = kmeans(np.repeat(x, counts, axis=0), init)
+    assert np.allclose(weighted[0], repeated[0], atol=1e-5)
+    assert weighted[2] == pytest.approx(repeated[2], rel=1e-6)
+    assert np.repeat(weighted[1], counts).tolist() == repeated[1].tolist()
+
+
+@pytest.mark.parametrize("kind", ["kmeans", "product", "residual"])
+def test_weights_count_in_the_error(kind):
+    """Rows that are looked up often are kept better than without weights."""
+    x = normal(2000, 8)
+    weights = np.where(np.arange(2000) < 200, 50.0, 1.0)
+    parameters = {"kmeans": {"n_clusters": 32}, "product": {"n_subvectors": 4, "n_bits": 3}}
+    options = parameters.get(kind, {"n_stages": 2, "n_bits": 4})
+    errors = []
+    for sample_weight in (None, weights):
+        codec, codes = _core.fit(kind, options, x, sample_weight=sample_weight)
+        errors.append((weights * squared_error(x, codec.decode(codes))).sum())
+    assert errors[1] < 0.97 * errors[0]
+
+
+def test_empty_clusters_are_filled():
+    x = normal(200, 3)
+    init = np.concatenate([x[:5], np.full((3, 3), 1e6, np.float32)])
+    _, labels, inertia, _, _ = kmeans(x, init)
+    assert set(labels.tolist()) == set(range(8))
+    assert inertia < kmeans(x, x[:5].copy())[2]
+
+
+def test_seeding_spreads_over_separated_clusters():
+    """Distances so large that k-means++ misses a cluster with a chance of about one in a million."""
+    middle = 1000.0 * np.arange(20)[:, None] * np.array([1.0, -1.0])
+    x = (np.repeat(middle, 30, axis=0) + np.random.default_rng(0).normal(size=(600, 2))).astype(np.float32)
+    for seed in range(5):
+        _, labels, inertia, _, _ = _core.kmeans_fit(x, 20, seed=seed)
+        assert inertia < 3 * 1200
+        assert all(len(set(labels[start : start + 30].tolist())) == 1 for start in range(0, 600, 30))
+
+
+def test_cosine_clusters_ignore_the_length_of_rows():
+    x = normal(500, 6)
+    lengths = np.random.default_rng(1).uniform(0.1, 10, size=(500, 1)).astype(np.float32)
+    centers, labels, *_ = kmeans(x, x[:8].copy(), metric="cosine")
+    _, scaled_labels, *_ = kmeans(x * lengths, x[:8].copy(), metric="cosine")
+    assert (labels == scaled_labels).mean() > 0.98
+    cosine = (x @ centers.T) / np.linalg.norm(x, axis=1)[:, None] / np.linalg.norm(centers, axis=1)
+    assert labels.tolist() == cosine.argmax(axis=1).tolist()
+
+
+def test_mini_batches_come_near_full_iterations():
+    x = normal(20_000, 4)
+    full = _core.kmeans_fit(x, 32, seed=0)[2]
+    assert _core.kmeans_fit(x, 32, seed=0, batch_size=1024, max_iter=50)[2] < 1.1 * full
+
+
+def test_kmeans_bytes_are_those_of_the_formula():
+    codec, codes = fit("kmeans", normal(100, 6), n_clusters=33)
+    assert codes.shape == (100, 1)  # 6 bits
+    assert [(t.dtype, t.shape) for t in codec.tensors().values()] == [(np.float16, (1, 64, 6))]
+
+
+# ---- A10: product quantization -------------------------------------------------------------------------------------
+
+
+def test_one_part_is_kmeans():
+    x = normal(500, 6)
+    flat, product = fit("kmeans", x, n_clusters=32), fit("product", x, n_subvectors=1, n_bits=5)
+    assert np.array_equal(flat[0].decode(flat[1]), product[0].decode(product[1]))
+
+
+def test_each_part_is_kmeans_on_its_columns():
+    """So parts are optimal independently of each other, and with one column each are scalar quantizers."""
+    x = normal(500, 5)
+    for n_subvectors, starts in ((2, [0, 3, 5]), (5, [0, 1, 2, 3, 4, 5])):
+        codec, codes = _core.fit("product", {"n_subvectors": n_subvectors, "n_bits": 3}, x, seed=10)
+        decoded = codec.decode(codes)
+        for part, (start, stop) in enumerate(itertools.pairwise(starts)):
+            columns = np.ascontiguousarray(x[:, start:stop])
+            alone, alone_codes = _core.fit("kmeans", {"n_clusters": 8}, columns, seed=10 + part)
+            assert np.allclose(alone.decode(alone_codes), decoded[:, start:stop], rtol=1e-3, atol=1e-4)
+
+
+def test_error_is_the_sum_of_the_errors_of_the_parts():
+    x = normal(500, 7)
+    codec, codes = fit("product", x, n_subvectors=3, n_bits=4)
+    parts = zip(np.split(x, [3, 5], axis=1), np.split(codec.decode(codes), [3, 5], axis=1), strict=True)
+    total = sum(squared_error(part, decoded).sum() for part, decoded in parts)
+    assert codec.relative_error * (x.astype(np.float64) ** 2).sum() == pytest.approx(total, rel=1e-6)
+
+
+def test_uneven_dimensions_differ_by_one_column():
+    widths = [book.shape[1] for book in fit("product", normal(50, 11), n_subvectors=4, n_bits=2)[0].books()]
+    assert widths == [3, 3, 3, 2]
+
+
+def test_one_entry_is_the_mean():
+    x = normal(100, 5) + 3
+    codec, codes = fit("kmeans", x, n_clusters=1, codebook_dtype="float32")
+    assert np.allclose(codec.decode(codes), x.mean(axis=0), atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("width", "figure"), [(2, 0.0085), (4, 0.0950), (8, 0.313)])
+def test_256_entries_for_normal_parts_reach_the_figures(width, figure):
+    x = normal(65_536, width)
+    error = fit_error("product", x, n_subvectors=1, n_bits=8, max_iter=50, tol=0.0)
+    assert error == pytest.approx(figure, rel=0.02)
+
+
+def test_float16_codebooks_cost_nothing():
+    x = normal(2000, 8)
+    half, single = (fit_error("product", x, codebook_dtype=dtype) for dtype in ("float16", "float32"))
+    assert half == pytest.approx(single, rel=1e-3)
+
+
+def test_product_bytes_are_those_of_the_formula():
+    codec, codes = fit("product", normal(300, 10), n_subvectors=5, n_bits=3)
+    assert codes.shape == (300, 2)  # 15 bits
+    assert sum(tensor.nbytes for tensor in codec.tensors().values()) == 2 * 8 * 10
+
+
+# ---- A12: residual quantization ------------------------------------------------------------------------------------
+
+
+def test_one_stage_is_kmeans():
+    x = normal(500, 6)
+    flat = fit("kmeans", x, n_clusters=32)
+    residual = fit("residual", x, n_stages=1, n_bits=5, n_refinements=0)
+    assert np.array_equal(flat[0].decode(flat[1]), residual[0].decode(residual[1]))
+
+
+def test_a_beam_of_one_is_greedy():
+    x = normal(300, 6)
+    codec, codes = fit("residual", x, n_stages=4, n_bits=3, beam_width=1)
+    greedy = reference.encode_residual(x, codec.books(), beam_width=1)
+    assert np.array_equal(reference.unpack_bits(codes, 3, 4), greedy)
+
+
+def with_beam(codec: _core.Codec, beam_width: int) -> _core.Codec:
+    """The same codebooks, searched with another beam."""
+    description, tensors = codec.to_parts()
+    old = f'"beam_width":{codec.parameters["beam_width"]}'
+    assert description.replace(" ", "").count(old) == 1
+    return _core.Codec.from_parts(description.replace(" ", "").replace(old, f'"beam_width":{beam_width}'), tensors)
+
+
+def test_wider_beams_and_more_stages_are_never_worse():
+    x = normal(500, 8)
+    codec, _ = fit("residual", x, n_stages=4, n_bits=4, beam_width=8)
+    errors = [
+        squared_error(x, coder.decode(coder.encode(x))).sum()
+        for coder in (with_beam(codec, b) for b in (1, 2, 4, 8, 16, 64))
+    ]
+    assert all(wider <= narrower * 1.0005 for narrower, wider in itertools.pairwise(errors))
+    assert errors[-1] < 0.97 * errors[0]
+    stages = [fit_error("residual", x, n_stages=n, n_bits=4) for n in (1, 2, 3, 4)]
+    assert all(more < fewer for fewer, more in itertools.pairwise(stages))
+
+
+def test_a_beam_of_all_partial_codes_is_exact():
+    x = normal(200, 5)
+    codec, _ = fit("residual", x, n_stages=3, n_bits=2, beam_width=1)
+    every_code = reference.pack_bits(np.array(list(itertools.product(range(4), repeat=3))), bits=2)
+    sums = codec.decode(every_code)
+    best = ((x[:, None].astype(np.float64) - sums) ** 2).sum(axis=2).min(axis=1)
+    exact = with_beam(codec, 16)
+    assert np.allclose(squared_error(x, exact.decode(exact.encode(x))), best, rtol=1e-4, atol=1e-5)
+
+
+def test_refinement_never_raises_the_error():
+    x = normal(1000, 8)
+    errors = []
+    for rounds in range(5):
+        parameters = {"n_stages": 3, "n_bits": 4, "n_refinements": rounds, "codebook_dtype": "float32"}
+        codec, _ = _core.fit("residual", parameters, x, keep_better_codes=True)
+        errors.append(codec.relative_error)
+    assert all(later <= earlier * 1.0001 for earlier, later in itertools.pairwise(errors)), errors
+    assert errors[-1] < 0.98 * errors[0]
+
+
+def test_the_first_codes_are_a_coarser_code():
+    """Codes of the first stages alone err more with each stage left out, and less than the mean row."""
+    x = normal(1000, 8)
+    codec, codes = fit("residual", x, n_stages=4, n_bits=4, n_refinements=0)
+    fields, books = reference.unpack_bits(codes, 4, 4), codec.books()
+    prefixes = [sum(book[fields[:, m]] for m, book in enumerate(books[:count])) for count in (1, 2, 3, 4)]
+    errors = [squared_error(x, prefix).sum() for prefix in prefixes]
+    assert errors[0] < (x.astype(np.float64) ** 2).sum()
+    assert all(more < fewer for fewer, more in itertools.pairwise(errors))
+
+
+def test_residual_bytes_are_those_of_the_formula():
+    codec, codes = fit("residual", normal(300, 10), n_stages=5, n_bits=3)
+    assert codes.shape == (300, 2)  # 15 bits
+    assert sum(tensor.nbytes for tensor in codec.tensors().values()) == 2 * 5 * 8 * 10
