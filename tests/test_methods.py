@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from vqrs import _core, reference
+from vqrs.metrics import gaussian_bound
 
 
 def normal(n_rows: int, dim: int, seed: int = 0) -> np.ndarray:
@@ -77,6 +78,30 @@ def test_searched_range_of_a_column_is_the_best_uniform_quantizer(dtype, figure)
 def test_no_code_of_normal_rows_beats_shannon(n_bits):
     """With 20,000 rows for 2**n_bits entries of one column, codebooks cannot learn the noise."""
     assert fit_error("product", normal(20_000, 2), n_subvectors=2, n_bits=n_bits) > 4.0**-n_bits
+
+
+def water_filled(variances: list[float], bits_per_row: float) -> float:
+    """Least total error of independent normal values, by halving the interval in which the water level lies."""
+    low, high = 0.0, max(variances)
+    for _ in range(200):
+        level = (low + high) / 2
+        rate = sum(max(0.0, 0.5 * np.log2(v / level)) for v in variances)
+        low, high = (level, high) if rate > bits_per_row else (low, level)
+    return sum(min(level, v) for v in variances)
+
+
+@pytest.mark.parametrize("variances", [[1, 1, 1], [9, 1, 0.01], [4, 4, 0]])
+@pytest.mark.parametrize("bits", [0.5, 1, 2, 4])
+def test_gaussian_bound_is_reverse_water_filling(variances, bits):
+    x = normal(4000, 3).astype(np.float64)
+    x -= x.mean(axis=0)
+    white = x @ np.linalg.inv(np.linalg.cholesky(x.T @ x / len(x))).T  # covariance exactly I
+    rotation = np.linalg.qr(normal(3, 3))[0]
+    rows = white * np.sqrt(variances) @ rotation
+    expected = water_filled(variances, 3 * bits) / sum(variances)
+    assert gaussian_bound(rows, bits) == pytest.approx(expected, rel=1e-6)
+    if variances == [1, 1, 1]:
+        assert expected == pytest.approx(4.0**-bits)
 
 
 ROW_FIGURES = {
