@@ -1,0 +1,65 @@
+"""Writes the tables of quantizers in the documents from the code: ``python docs/generate.py [--check]``.
+
+The text between ``<!-- NAME begin -->`` and ``<!-- NAME end -->`` is replaced. ``--check`` writes nothing and fails where
+a document is out of date.
+"""
+
+import re
+import sys
+from pathlib import Path
+
+import vqrs
+from vqrs import quantizers
+
+ROOT = Path(__file__).resolve().parent.parent
+DOCUMENTS = [ROOT / "README.md", ROOT / "docs" / "quantizers.md"]
+
+
+def markdown(head: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def kinds_table() -> str:
+    """One line a kind: its class, its name in files and on the command line, what it does, how it is read."""
+    classes = {getattr(quantizers, name)._kind: name for name in quantizers.__all__}
+    rows = [
+        [f"`{classes[kind['name']]}`", f"`{kind['name']}`", kind["about"], f"`{kind['form']}`"] for kind in vqrs.kinds()
+    ]
+    return markdown(["estimator", "kind", "what it does", "form"], rows)
+
+
+def parameters_table() -> str:
+    """One line a kind: its parameters and their defaults."""
+    rows = [
+        [f"`{kind['name']}`", ", ".join(f"`{name}={default!r}`" for name, default in kind["parameters"].items())]
+        for kind in vqrs.kinds()
+    ]
+    return markdown(["kind", "parameters and their defaults"], rows)
+
+
+TABLES = {"kinds": kinds_table, "parameters": parameters_table}
+
+
+def renewed(text: str) -> str:
+    """The document with its tables written anew."""
+    for name, table in TABLES.items():
+        between = re.compile(rf"(<!-- {name} begin -->\n).*?(<!-- {name} end -->)", re.DOTALL)
+        text = between.sub(lambda found, make=table: f"{found[1]}{make()}\n{found[2]}", text)
+    return text
+
+
+def main() -> None:
+    """Writes or checks every document."""
+    for path in DOCUMENTS:
+        text = path.read_text(encoding="utf-8")
+        new = renewed(text)
+        if new != text and "--check" in sys.argv[1:]:
+            sys.exit(f"{path.relative_to(ROOT)} is out of date: run python docs/generate.py")
+        if new != text:
+            path.write_text(new, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
