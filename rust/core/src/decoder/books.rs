@@ -1,0 +1,236 @@
+//! Form `books`: a row is a sum of codebook entries, each placed at some columns.
+//!
+//! k-means has one book over all columns, product codes have books side by side, residual and additive codes have
+//! full-width books on top of each other.
+
+use super::{take, Metric, Scorer};
+use crate::bits;
+use crate::error::{Error, Result};
+use crate::kernels::{self, Book, BooksView, Ids, Values};
+use crate::tensor::{Dtype, Tensor};
+use serde::{Deserialize, Serialize};
+
+/// Books of equal width, stored as one tensor of shape (books, 2^bits, width).
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct GroupSpec {
+    /// Columns that an entry covers.
+    pub width: usize,
+    /// Entries in use; the rest up to 2^bits are zeros.
+    pub entries: usize,
+    /// First column of each book.
+    pub starts: Vec<usize>,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+/// The description of a `Books` decoder.
+pub struct BooksSpec {
+    dim: usize,
+    bits: u32,
+    /// Power of two that entries are multiplied by: float16 books then keep their precision at any magnitude.
+    scale: f32,
+    dtype: CodebookDtype,
+    groups: Vec<GroupSpec>,
+}
+
+/// CodebookDtype type of codebooks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum CodebookDtype {
+    /// IEEE half precision: the default.
+    Float16,
+    /// The upper half of a float32.
+    Bfloat16,
+    /// Single precision.
+    Float32,
+}
+
+impl CodebookDtype {
+    fn dtype(self) -> Dtype {
+        match self {
+            CodebookDtype::Float16 => Dtype::F16,
+            CodebookDtype::Bfloat16 => Dtype::Bf16,
+            CodebookDtype::Float32 => Dtype::F32,
+        }
+    }
+}
+
+/// A sum of codebook entries, each placed at some columns.
+#[derive(Clone)]
+pub struct Books {
+    spec: BooksSpec,
+    tensors: Vec<Tensor>,
+    /// No column is covered twice and none is left out: entries are stored, not added.
+    tiled: bool,
+}
+
+impl Books {
+    /// The form's name.
+    pub const FORM: &'static str = "books";
+
+    /// Books of `dim` columns from groups and their entries (books x entries in use x width), rounded to `dtype`.
+    pub fn new(dim: usize, bits: u32, dtype: CodebookDtype, groups: Vec<(GroupSpec, Vec<f32>)>) -> Result<Self> {
+        let largest = groups.iter().flat_map(|(_, values)| values).fold(0f32, |m, v| m.max(v.abs()));
+        let scale = if dtype == CodebookDtype::Float16 { power_of_two(largest) } else { 1.0 };
+        let mut spec = BooksSpec { dim, bits, scale, dtype, groups: Vec::new() };
+        let mut tensors = Vec::new();
+        for (index, (group, values)) in groups.into_iter().enumerate() {
+            let shape = vec![group.starts.len(), 1 << bits, group.width];
+            let mut padded = vec![0f32; shape.iter().product()];
+            let (from, to) = (group.entries * group.width, group.width << bits);
+            for (book, out) in values.chunks(from).zip(padded.chunks_mut(to)) {
+                out[..from].iter_mut().zip(book).for_each(|(o, v)| *o = v / scale);
+            }
+            tensors.push(Tensor::of_floats(format!("codebooks.{index}"), dtype.dtype(), shape, &padded)?);
+            spec.groups.push(group);
+        }
+        Books::from_parts(spec, &tensors)
+    }
+
+    pub(super) fn from_parts(spec: BooksSpec, tensors: &[Tensor]) -> Result<Self> {
+        let bad = |found: String, expected: &str| Err(Error::shape("the decoder's description", found, expected));
+        if spec.dim == 0 || spec.dim > 1 << 24 {
+            return bad(format!("dim {}", spec.dim), "1 to 16777216 columns");
+        }
+        if spec.bits == 0 || spec.bits > bits::MAX_BITS {
+            return bad(format!("{} bits", spec.bits), "1 to 24 bits");
+        }
+        if !(spec.scale.is_finite() && spec.scale > 0.0) {
+            return bad(format!("scale {}", spec.scale), "a positive number");
+        }
+        let mut cover = vec![0u32; spec.dim];
+        let mut kept = Vec::new();
+        for (index, group) in spec.groups.iter().enumerate() {
+            if group.width == 0 || group.starts.is_empty() || group.entries > 1 << spec.bits {
+                return bad(format!("group {index}: {group:?}"), "books of at least one column and at most 2^bits entries");
+            }
+            for start in &group.starts {
+                match start.checked_add(group.width).filter(|end| *end <= spec.dim) {
+                    Some(end) => cover[*start..end].iter_mut().for_each(|c| *c += 1),
+                    None => return bad(format!("a book at column {start}"), "books inside the row"),
+                }
+            }
+            let shape = [group.starts.len(), 1 << spec.bits, group.width];
+            kept.push(take(tensors, &format!("codebooks.{index}"), Some(spec.dtype.dtype()), &shape)?.clone());
+        }
+        if kept.is_empty() || kept.len() != tensors.len() {
+            return bad(format!("{} groups for {} tensors", kept.len(), tensors.len()), "one tensor for each group");
+        }
+        let tiled = cover.iter().all(|c| *c == 1);
+        Ok(Books { spec, tensors: kept, tiled })
+    }
+
+    pub(super) fn with_tensors(&self, tensors: &[Tensor]) -> Result<Self> {
+        let mut groups = Vec::new();
+        for (index, group) in self.spec.groups.iter().enumerate() {
+            let shape = [group.starts.len(), 1 << self.spec.bits, group.width];
+            let values = take(tensors, &format!("codebooks.{index}"), None, &shape)?.to_floats();
+            let used = group.entries * group.width;
+            let used = values.chunks(group.width << self.spec.bits).flat_map(|book| &book[..used]);
+            // CodebookDtype values carry the scale on the outside; `new` finds a fresh one.
+            groups.push((group.clone(), used.map(|v| v * self.spec.scale).collect()));
+        }
+        Books::new(self.spec.dim, self.spec.bits, self.spec.dtype, groups)
+    }
+
+    pub(super) fn spec(&self) -> &BooksSpec {
+        &self.spec
+    }
+
+    /// Values in a row.
+    pub fn dim(&self) -> usize {
+        self.spec.dim
+    }
+
+    /// Bits of a field.
+    pub fn bits(&self) -> u32 {
+        self.spec.bits
+    }
+
+    /// Number of books, that is of fields in a row.
+    pub fn len(&self) -> usize {
+        self.spec.groups.iter().map(|g| g.starts.len()).sum()
+    }
+
+    /// Never true: there is at least one book.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Bytes of a row's code.
+    pub fn row_bytes(&self) -> usize {
+        bits::row_bytes(self.len(), self.spec.bits)
+    }
+
+    pub(super) fn tensors(&self) -> Vec<Tensor> {
+        self.tensors.clone()
+    }
+
+    /// First column, width and entries in use (as float32, scale applied) of each book, in order.
+    pub fn books(&self) -> Vec<(usize, usize, Vec<f32>)> {
+        let mut books = Vec::new();
+        for (group, tensor) in self.spec.groups.iter().zip(&self.tensors) {
+            let values = tensor.to_floats();
+            for (start, book) in group.starts.iter().zip(values.chunks(group.width << self.spec.bits)) {
+                let used = &book[..group.entries * group.width];
+                books.push((*start, group.width, used.iter().map(|v| v * self.spec.scale).collect()));
+            }
+        }
+        books
+    }
+
+    pub(super) fn decode(&self, codes: &[u8], ids: Ids, out: &mut [f32]) {
+        (kernels::best().lookup_books)(&self.view(), codes, ids, out);
+    }
+
+    fn view(&self) -> BooksView<'_> {
+        let mut books = Vec::with_capacity(self.len());
+        for (group, tensor) in self.spec.groups.iter().zip(&self.tensors) {
+            let size = group.width << self.spec.bits;
+            for (index, start) in group.starts.iter().enumerate() {
+                let range = index * size..(index + 1) * size;
+                let entries = match tensor.dtype {
+                    Dtype::F16 => Values::F16(&tensor.halves()[range]),
+                    Dtype::Bf16 => Values::Bf16(&tensor.halves()[range]),
+                    _ => Values::F32(&tensor.floats()[range]),
+                };
+                // A full-width first book clears the row by being stored.
+                let store = self.tiled || (books.is_empty() && group.width == self.spec.dim);
+                books.push(Book { entries, start: *start, width: group.width, store });
+            }
+        }
+        let zero_first = !self.tiled && !books.first().is_some_and(|b| b.store);
+        let (dim, bits, scale) = (self.spec.dim, self.spec.bits, self.spec.scale);
+        BooksView { dim, bits, row_bytes: self.row_bytes(), scale, zero_first, books }
+    }
+
+    pub(super) fn scorer(&self, query: &[f32], metric: Metric) -> Option<Scorer> {
+        // A squared distance is a sum over books only where each column belongs to one book.
+        let distance = match metric {
+            Metric::InnerProduct => false,
+            Metric::L2 if self.tiled => true,
+            _ => return None,
+        };
+        let mut tables = vec![0f32; self.len() << self.spec.bits];
+        for ((start, width, entries), table) in self.books().iter().zip(tables.chunks_mut(1 << self.spec.bits)) {
+            let part = &query[*start..start + width];
+            for (entry, score) in entries.chunks(*width).zip(table) {
+                *score = part.iter().zip(entry).fold(0.0, |sum, (q, c)| {
+                    let factor = if distance { (q - c) * (q - c) } else { q * c };
+                    sum + factor
+                });
+            }
+        }
+        Some(Scorer { fields: self.len(), bits: self.spec.bits, tables })
+    }
+}
+
+/// The power of two that brings `largest` into [1, 2); 1 for zero. By bits, so that every machine agrees.
+fn power_of_two(largest: f32) -> f32 {
+    match largest.to_bits() & 0x7f80_0000 {
+        0 if largest == 0.0 => 1.0,
+        0 => f32::MIN_POSITIVE,
+        exponent => f32::from_bits(exponent),
+    }
+}

@@ -1,0 +1,392 @@
+//! How codes are learned: an open set of quantizers, listed once in [`KINDS`].
+//!
+//! A quantizer is its parameters, with `fit` and an encoder. It keeps no fitted state: everything that reading needs
+//! goes into a [`Decoder`], and everything after fitting needs only that.
+
+mod kmeans;
+mod product;
+mod residual;
+mod scalar;
+
+use crate::algo::nearest::{Centroids, Columns};
+use crate::bits;
+use crate::decoder::{Decoder, GroupSpec};
+use crate::error::{Error, Result};
+use crate::kernels::Ids;
+use crate::matrix::{Matrix, Sample};
+use crate::pool::Context;
+use serde::de::DeserializeOwned;
+use serde::Serialize;
+use serde_json::{Map, Value};
+use std::sync::Arc;
+
+/// Every kind of quantizer, in the order of the documentation.
+pub const KINDS: &[Kind] = &[
+    kind::<kmeans::VectorQuantizer>(),
+    kind::<product::ProductQuantizer>(),
+    kind::<residual::ResidualQuantizer>(),
+    kind::<scalar::ScalarQuantizer>(),
+];
+
+/// Rows that are encoded at a time; also the unit of parallel work.
+pub const BLOCK_ROWS: usize = 256;
+
+/// Writes the codes of a block of rows.
+pub type Encoder<'a> = Box<dyn Fn(Matrix, &mut [u8]) -> Result<()> + Sync + 'a>;
+
+/// What a fit found.
+pub struct Learned {
+    /// How to read codes.
+    pub decoder: Decoder,
+    /// Codes of the fitted rows, where the fit found some that a fresh encode may not.
+    pub codes: Option<Vec<u8>>,
+    /// Iterations of the longest inner loop.
+    pub n_iter: usize,
+    /// What had to be shrunk, in words for the user.
+    pub notes: Vec<String>,
+}
+
+/// A way to learn codes. Implementors are plain parameters with the names and defaults that users see.
+pub trait Quantizer: Serialize + DeserializeOwned + Default + Send + Sync + 'static {
+    /// Its name in Rust, on the command line and in files.
+    const NAME: &'static str;
+    /// One line for the documentation.
+    const ABOUT: &'static str;
+
+    /// Refuses parameters that are never allowed.
+    fn check(&self) -> Result<()>;
+
+    /// The decoder that a fit on `rows` rows of `dim` values has, its numbers aside: what `estimate` measures.
+    fn blank(&self, rows: usize, dim: usize) -> Result<Decoder>;
+
+    /// Learns a decoder.
+    fn fit(&self, data: Sample, ctx: &Context) -> Result<Learned>;
+
+    /// Prepares encoding with a decoder that `fit` made.
+    fn encoder<'a>(&'a self, decoder: &'a Decoder, ctx: &Context) -> Result<Encoder<'a>>;
+}
+
+/// [`Quantizer`] for any kind at run time.
+pub trait AnyQuantizer: Send + Sync {
+    /// See [`Quantizer::blank`].
+    fn blank(&self, rows: usize, dim: usize) -> Result<Decoder>;
+    /// See [`Quantizer::fit`].
+    fn fit(&self, data: Sample, ctx: &Context) -> Result<Learned>;
+    /// See [`Quantizer::encoder`].
+    fn encoder<'a>(&'a self, decoder: &'a Decoder, ctx: &Context) -> Result<Encoder<'a>>;
+    /// The parameters, defaults filled in.
+    fn parameters(&self) -> Map<String, Value>;
+}
+
+impl<Q: Quantizer> AnyQuantizer for Q {
+    fn blank(&self, rows: usize, dim: usize) -> Result<Decoder> {
+        Quantizer::blank(self, rows, dim)
+    }
+    fn fit(&self, data: Sample, ctx: &Context) -> Result<Learned> {
+        Quantizer::fit(self, data, ctx)
+    }
+    fn encoder<'a>(&'a self, decoder: &'a Decoder, ctx: &Context) -> Result<Encoder<'a>> {
+        Quantizer::encoder(self, decoder, ctx)
+    }
+    fn parameters(&self) -> Map<String, Value> {
+        match serde_json::to_value(self) {
+            Ok(Value::Object(map)) => map,
+            _ => Map::new(),
+        }
+    }
+}
+
+/// One line of [`KINDS`].
+pub struct Kind {
+    /// The name.
+    pub name: &'static str,
+    /// One line for the documentation.
+    pub about: &'static str,
+    make: fn(Map<String, Value>) -> Result<Arc<dyn AnyQuantizer>>,
+}
+
+impl Kind {
+    /// The kind of a name.
+    pub fn find(name: &str) -> Result<&'static Kind> {
+        KINDS.iter().find(|kind| kind.name == name).ok_or_else(|| {
+            let known: Vec<&str> = KINDS.iter().map(|kind| kind.name).collect();
+            Error::UnknownKind { name: name.into(), known: known.join(", ") }
+        })
+    }
+
+    /// A quantizer with these parameters; the others keep their defaults. Unknown names are refused.
+    pub fn make(&self, parameters: Map<String, Value>) -> Result<Arc<dyn AnyQuantizer>> {
+        (self.make)(parameters)
+    }
+}
+
+const fn kind<Q: Quantizer>() -> Kind {
+    Kind { name: Q::NAME, about: Q::ABOUT, make: make::<Q> }
+}
+
+fn make<Q: Quantizer>(parameters: Map<String, Value>) -> Result<Arc<dyn AnyQuantizer>> {
+    let defaults = Q::default().parameters();
+    for (name, value) in &parameters {
+        if !defaults.contains_key(name) {
+            let known: Vec<&str> = defaults.keys().map(String::as_str).collect();
+            return Err(Error::parameter(name, value, format!("{} takes {}", Q::NAME, known.join(", "))));
+        }
+        // One at a time, so that the message names the parameter.
+        let one = Map::from_iter([(name.clone(), value.clone())]);
+        serde_json::from_value::<Q>(Value::Object(one)).map_err(|e| Error::parameter(name, value, e.to_string()))?;
+    }
+    let quantizer: Q = serde_json::from_value(Value::Object(parameters))
+        .map_err(|e| Error::parameter("parameters", Q::NAME, e.to_string()))?;
+    quantizer.check()?;
+    Ok(Arc::new(quantizer))
+}
+
+/// A quantizer with the decoder it learned: can encode new rows.
+#[derive(Clone)]
+pub struct Codec {
+    kind: &'static Kind,
+    quantizer: Arc<dyn AnyQuantizer>,
+    decoder: Decoder,
+    /// Iterations of the fit's longest inner loop.
+    pub n_iter: usize,
+    /// What the fit had to shrink.
+    pub notes: Vec<String>,
+}
+
+impl Codec {
+    /// A codec from its parts, for example those of an opened table.
+    pub fn new(kind: &str, parameters: Map<String, Value>, decoder: Decoder) -> Result<Self> {
+        let kind = Kind::find(kind)?;
+        Ok(Codec { kind, quantizer: kind.make(parameters)?, decoder, n_iter: 0, notes: Vec::new() })
+    }
+
+    /// Learns from `data`. Returns the codec with the codes of `data`: those that [`Codec::encode`] gives, or, with
+    /// `keep_better`, a row's code from the fit where that has the smaller error.
+    pub fn fit(
+        kind: &str,
+        parameters: Map<String, Value>,
+        data: Sample,
+        keep_better: bool,
+        ctx: &Context,
+    ) -> Result<(Self, Vec<u8>)> {
+        let kind = Kind::find(kind)?;
+        let quantizer = kind.make(parameters)?;
+        let learned = quantizer.fit(data, ctx)?;
+        let Learned { decoder, codes: found, n_iter, notes } = learned;
+        let codec = Codec { kind, quantizer, decoder, n_iter, notes };
+        let mut codes = codec.encode(data.rows, ctx)?;
+        if let Some(found) = found.filter(|_| keep_better) {
+            codec.keep_better(data.rows, &mut codes, &found, ctx)?;
+        }
+        Ok((codec, codes))
+    }
+
+    /// The kind's name.
+    pub fn kind(&self) -> &'static str {
+        self.kind.name
+    }
+
+    /// All parameters.
+    pub fn parameters(&self) -> Map<String, Value> {
+        self.quantizer.parameters()
+    }
+
+    /// How codes are read.
+    pub fn decoder(&self) -> &Decoder {
+        &self.decoder
+    }
+
+    /// Codes of rows. Rows are not checked for NaN: see [`Matrix::check`].
+    pub fn encode(&self, rows: Matrix, ctx: &Context) -> Result<Vec<u8>> {
+        if rows.dim() != self.decoder.dim() {
+            let expected = format!("{} features, as in the fit", self.decoder.dim());
+            return Err(Error::shape("X", format!("{} features", rows.dim()), expected));
+        }
+        let bytes = self.decoder.row_bytes();
+        let mut codes = vec![0u8; rows.rows() * bytes];
+        let encode = self.quantizer.encoder(&self.decoder, ctx)?;
+        ctx.stage("encode", rows.rows() as u64);
+        ctx.chunks(&mut codes, BLOCK_ROWS * bytes, |index, chunk| {
+            let start = index * BLOCK_ROWS;
+            let count = chunk.len() / bytes;
+            encode(rows.block(start..start + count), chunk).map_err(|e| at_row(e, start))?;
+            ctx.advance(count as u64);
+            Ok(())
+        })?;
+        Ok(codes)
+    }
+
+    /// Decodes whole rows of codes.
+    pub fn decode(&self, codes: &[u8], ctx: &Context) -> Result<Vec<f32>> {
+        let bytes = self.decoder.row_bytes();
+        if !codes.len().is_multiple_of(bytes) {
+            return Err(Error::shape("codes", format!("{} bytes", codes.len()), format!("rows of {bytes} bytes")));
+        }
+        let mut out = vec![0f32; codes.len() / bytes * self.decoder.dim()];
+        ctx.chunks(&mut out, BLOCK_ROWS * self.decoder.dim(), |index, chunk| {
+            let range = Ids::Range { start: index * BLOCK_ROWS, len: chunk.len() / self.decoder.dim() };
+            self.decoder.decode(codes, range, chunk);
+            Ok(())
+        })?;
+        Ok(out)
+    }
+
+    /// Replaces codes by `found` in rows where that lowers the error.
+    fn keep_better(&self, rows: Matrix, codes: &mut [u8], found: &[u8], ctx: &Context) -> Result<()> {
+        let bytes = self.decoder.row_bytes();
+        ctx.chunks(codes, BLOCK_ROWS * bytes, |index, chunk| {
+            let start = index * BLOCK_ROWS;
+            let count = chunk.len() / bytes;
+            let (mut ours, mut theirs) = (vec![0f32; count * rows.dim()], vec![0f32; count * rows.dim()]);
+            self.decoder.decode(chunk, Ids::Range { start: 0, len: count }, &mut ours);
+            self.decoder.decode(found, Ids::Range { start, len: count }, &mut theirs);
+            for row in 0..count {
+                let (x, at) = (rows.row(start + row), row * rows.dim()..(row + 1) * rows.dim());
+                if squared_distance(x, &theirs[at.clone()]) < squared_distance(x, &ours[at]) {
+                    let from = (start + row) * bytes;
+                    chunk[row * bytes..(row + 1) * bytes].copy_from_slice(&found[from..from + bytes]);
+                }
+            }
+            Ok(())
+        })
+    }
+}
+
+/// Adds the block's first row to an error that names a row.
+fn at_row(error: Error, start: usize) -> Error {
+    match error {
+        Error::NotFinite { row, column, value } => Error::NotFinite { row: row + start, column, value },
+        other => other,
+    }
+}
+
+/// Sums for the relative errors of a table, over blocks of rows in order.
+#[derive(Clone, Debug, Default)]
+pub struct ErrorSums {
+    rows: f64,
+    error: f64,
+    energy: f64,
+    weighted_error: f64,
+    weighted_energy: f64,
+    columns: Vec<f64>,
+}
+
+impl ErrorSums {
+    /// Adds rows with their codes; `decoder` says what they became.
+    pub fn add(&mut self, rows: Matrix, codes: &[u8], weights: Option<&[f64]>, decoder: &Decoder, ctx: &Context) -> Result<()> {
+        let dim = rows.dim();
+        self.columns.resize(dim, 0.0);
+        let parts = ctx.map(rows.rows().div_ceil(BLOCK_ROWS), |index| {
+            let start = index * BLOCK_ROWS;
+            let count = BLOCK_ROWS.min(rows.rows() - start);
+            let mut decoded = vec![0f32; count * dim];
+            decoder.decode(codes, Ids::Range { start, len: count }, &mut decoded);
+            let mut part = ErrorSums { columns: vec![0.0; dim], rows: count as f64, ..Default::default() };
+            for (row, decoded) in decoded.chunks(dim).enumerate() {
+                let x = rows.row(start + row);
+                let (error, energy) = (squared_distance(x, decoded), squared_norm(x));
+                let weight = weights.map_or(1.0, |w| w[start + row]);
+                part.error += error;
+                part.energy += energy;
+                part.weighted_error += weight * error;
+                part.weighted_energy += weight * energy;
+                part.columns.iter_mut().zip(x).for_each(|(sum, v)| *sum += f64::from(*v));
+            }
+            Ok(part)
+        })?;
+        for part in parts {
+            self.rows += part.rows;
+            self.error += part.error;
+            self.energy += part.energy;
+            self.weighted_error += part.weighted_error;
+            self.weighted_energy += part.weighted_energy;
+            self.columns.iter_mut().zip(&part.columns).for_each(|(sum, v)| *sum += v);
+        }
+        Ok(())
+    }
+
+    /// `relative`: squared error over squared norm. `centred`: over the squared norm left after removing the mean row.
+    /// `weighted`, if weights were given. An error of nothing is 0, whatever it is divided by.
+    pub fn finish(&self, weighted: bool) -> Map<String, Value> {
+        let mean_energy = self.columns.iter().map(|sum| sum * sum).sum::<f64>() / self.rows.max(1.0);
+        let share = |error: f64, energy: f64| if error == 0.0 { 0.0 } else { error / energy.max(f64::MIN_POSITIVE) };
+        let mut errors = Map::new();
+        errors.insert("relative".into(), share(self.error, self.energy).into());
+        errors.insert("centred".into(), share(self.error, self.energy - mean_energy).into());
+        if weighted {
+            errors.insert("weighted".into(), share(self.weighted_error, self.weighted_energy).into());
+        }
+        errors
+    }
+}
+
+/// Squared distance in float64.
+fn squared_distance(a: &[f32], b: &[f32]) -> f64 {
+    a.iter().zip(b).map(|(a, b)| f64::from(a - b)).map(|d| d * d).sum()
+}
+
+fn squared_norm(a: &[f32]) -> f64 {
+    a.iter().map(|v| f64::from(*v) * f64::from(*v)).sum()
+}
+
+// What several quantizers share -------------------------------------------------------------------------------------
+
+/// Refuses an integer parameter outside a range.
+fn within(name: &str, value: usize, low: usize, high: usize) -> Result<()> {
+    if value < low || value > high {
+        return Err(Error::parameter(name, value, format!("must be from {low} to {high}")));
+    }
+    Ok(())
+}
+
+/// Refuses a tolerance that is negative or not a number.
+fn check_loop(max_iter: usize, tol: f64) -> Result<()> {
+    within("max_iter", max_iter, 1, 1_000_000)?;
+    if !(tol >= 0.0 && tol.is_finite()) {
+        return Err(Error::parameter("tol", tol, "must be 0 or more"));
+    }
+    Ok(())
+}
+
+/// Clusters for `bits` bits and `wanted` of them, given the rows there are; says so in `notes` where fewer.
+fn shrink_clusters(wanted: usize, rows: usize, notes: &mut Vec<String>) -> usize {
+    if rows < wanted {
+        notes.push(format!("{rows} rows are fewer than {wanted} clusters: using {rows} clusters"));
+    }
+    wanted.min(rows)
+}
+
+/// Says in `notes` that seeding ran out of distinct rows.
+fn note_distinct(distinct: usize, clusters: usize, notes: &mut Vec<String>) {
+    if distinct < clusters {
+        notes.push(format!("only {distinct} distinct rows for {clusters} clusters: using {distinct} clusters"));
+    }
+}
+
+/// A group of books that all have the same width and entries.
+fn group(width: usize, entries: usize, starts: Vec<usize>) -> GroupSpec {
+    GroupSpec { width, entries, starts }
+}
+
+/// Encodes each book on its own: its columns' nearest entry. Exact for books that do not overlap.
+fn encode_nearest<'a>(decoder: &'a Decoder) -> Result<Encoder<'a>> {
+    let Decoder::Books(books) = decoder else {
+        return Err(Error::shape("the decoder", decoder.form(), "the form books"));
+    };
+    let packed: Vec<(usize, Centroids)> =
+        books.books().into_iter().map(|(start, width, entries)| (start, Centroids::new(&entries, width))).collect();
+    let bits = books.bits();
+    Ok(Box::new(move |rows: Matrix, codes: &mut [u8]| {
+        let count = rows.rows();
+        let mut labels = vec![0u32; packed.len() * count];
+        for ((start, centroids), labels) in packed.iter().zip(labels.chunks_mut(count)) {
+            centroids.nearest_block(Columns::new(rows, *start, centroids.width()), labels, None);
+        }
+        let bytes = codes.len() / count;
+        for (row, code) in codes.chunks_mut(bytes).enumerate() {
+            bits::pack((0..packed.len()).map(|field| labels[field * count + row]), bits, code);
+        }
+        Ok(())
+    }))
+}
+

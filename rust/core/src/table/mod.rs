@@ -1,0 +1,523 @@
+//! A decoder with its codes: in memory or in a mapped file.
+
+pub mod format;
+pub mod map;
+
+use crate::decoder::Decoder;
+use crate::error::{Error, Result};
+use crate::kernels::Ids;
+use crate::pool::Context;
+use crate::tensor::{Buffer, Dtype, Tensor};
+use format::{File, Layout, TensorSpec, Writer};
+use serde_json::{Map, Value};
+use std::collections::{BTreeMap, HashMap};
+use std::ops::Range;
+use std::path::Path;
+use std::sync::{Arc, OnceLock};
+
+pub use format::{Mode, Verify};
+
+/// Lookups below this many values stay on the calling thread: starting threads costs more than they save.
+const PARALLEL_VALUES: usize = 1 << 18;
+
+/// Rows that one task of a parallel lookup reads.
+const TASK_ROWS: usize = 4096;
+
+/// How pooled rows are combined.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Pooling {
+    /// Their weighted sum.
+    Sum,
+    /// Their weighted sum over their number.
+    Mean,
+    /// Their largest value in each column.
+    Max,
+}
+
+/// What a table says of itself, beside its decoder.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct About {
+    /// The quantizer's name.
+    pub kind: String,
+    /// The quantizer's parameters.
+    pub parameters: Map<String, Value>,
+    /// Relative errors by name; `relative` is the squared error over the squared norm.
+    pub errors: Map<String, Value>,
+    /// The user's own strings.
+    pub metadata: BTreeMap<String, String>,
+}
+
+/// Names of rows, concatenated, with where each one ends.
+#[derive(Clone)]
+struct Names {
+    text: Tensor,
+    ends: Tensor,
+    /// Rows by name, made on the first lookup.
+    index: Arc<OnceLock<HashMap<String, usize>>>,
+}
+
+const NAMES: &str = "vqrs.names";
+const NAME_ENDS: &str = "vqrs.names.ends";
+
+/// A decoder with its codes.
+#[derive(Clone)]
+pub struct Table {
+    decoder: Decoder,
+    codes: Buffer,
+    rows: usize,
+    about: About,
+    names: Option<Names>,
+    file: Option<Arc<File>>,
+}
+
+impl Table {
+    /// The one door: checks that the codes are whole rows of the decoder.
+    pub fn new(decoder: Decoder, codes: Buffer, rows: usize, about: About) -> Result<Self> {
+        if Some(codes.bytes().len()) != rows.checked_mul(decoder.row_bytes()) {
+            let found = format!("{} bytes", codes.bytes().len());
+            return Err(Error::shape("codes", found, format!("{rows} rows of {} bytes", decoder.row_bytes())));
+        }
+        Ok(Table { decoder, codes, rows, about, names: None, file: None })
+    }
+
+    /// Opens a table file.
+    pub fn open(path: &Path, verify: Verify, mode: Mode) -> Result<Self> {
+        let file = File::open(path, verify, mode)?;
+        let wrong = |why: String| Error::corrupt(path, why);
+        let description = file.description();
+        let object = |key: &str| description.get(key).and_then(Value::as_object).cloned();
+        let decoder = object("decoder").ok_or_else(|| wrong("the header describes no decoder".into()))?;
+        if let Some(form) = decoder.get("form").and_then(Value::as_str).filter(|f| !crate::decoder::FORMS.contains(f)) {
+            let known = crate::decoder::FORMS.join(", ");
+            let why = format!("needs the decoder form {form:?}; this version reads {known}: install a newer vqrs");
+            return Err(Error::Version { path: path.into(), why });
+        }
+        let decoder = Decoder::from_parts(&decoder, file.tensors()).map_err(|e| wrong(e.to_string()))?;
+        if decoder.row_bytes() != file.row_bytes() {
+            return Err(wrong(format!("{} code bytes a row, expected {}", file.row_bytes(), decoder.row_bytes())));
+        }
+        if description.get("dim").and_then(Value::as_u64) != Some(decoder.dim() as u64) {
+            return Err(wrong(format!("the header's dim is not the decoder's {}", decoder.dim())));
+        }
+        let about = About {
+            kind: description.get("kind").and_then(Value::as_str).unwrap_or_default().into(),
+            parameters: object("parameters").unwrap_or_default(),
+            errors: object("errors").unwrap_or_default(),
+            metadata: file.metadata().clone(),
+        };
+        let mut table = Table::new(decoder, file.codes(), file.rows(), about).map_err(|e| wrong(e.to_string()))?;
+        table.file = Some(Arc::new(file));
+        Ok(table)
+    }
+
+    /// Writes the table to a file under `path`, whatever stood there; returns the file's bytes.
+    pub fn save(&self, path: &Path, durable: bool, ctx: &Context) -> Result<u64> {
+        let extra = self.extra()?;
+        let mut writer = Writer::create(path, self.layout(&extra), durable)?;
+        ctx.stage("save", self.rows as u64);
+        let step = (1 << 22) / self.row_bytes() + 1;
+        for start in (0..self.rows).step_by(step) {
+            ctx.check()?;
+            let end = self.rows.min(start + step);
+            self.touch(start..end)?;
+            writer.write_codes(&self.codes()[start * self.row_bytes()..end * self.row_bytes()])?;
+            ctx.advance((end - start) as u64);
+        }
+        self.intact()?;
+        let description = describe(&self.decoder, &self.about, self.rows as u64);
+        writer.finish(description, &self.decoder.tensors(), &extra)
+    }
+
+    /// The same codes with other values in the decoder's tensors. The errors are forgotten.
+    pub fn with_tensors(&self, tensors: &[Tensor]) -> Result<Self> {
+        let decoder = self.decoder.with_tensors(tensors)?;
+        let about = About { errors: Map::new(), ..self.about.clone() };
+        Ok(Table { decoder, about, ..self.clone() })
+    }
+
+    /// The same table with other names and metadata.
+    pub fn with_metadata(&self, names: Option<&[String]>, metadata: BTreeMap<String, String>) -> Result<Self> {
+        let names = names.map(|names| Names::new(names, self.rows)).transpose()?;
+        Ok(Table { names, about: About { metadata, ..self.about.clone() }, ..self.clone() })
+    }
+
+    /// How codes are read.
+    pub fn decoder(&self) -> &Decoder {
+        &self.decoder
+    }
+
+    /// All codes, row after row.
+    pub fn codes(&self) -> &[u8] {
+        self.codes.bytes()
+    }
+
+    /// The bytes of the codes, to be shared.
+    pub fn code_buffer(&self) -> &Buffer {
+        &self.codes
+    }
+
+    /// Number of rows.
+    pub fn rows(&self) -> usize {
+        self.rows
+    }
+
+    /// Values in a row.
+    pub fn dim(&self) -> usize {
+        self.decoder.dim()
+    }
+
+    /// Bytes of a row's code.
+    pub fn row_bytes(&self) -> usize {
+        self.decoder.row_bytes()
+    }
+
+    /// What the table says of itself.
+    pub fn about(&self) -> &About {
+        &self.about
+    }
+
+    /// The file it was opened from.
+    pub fn file(&self) -> Option<&File> {
+        self.file.as_deref()
+    }
+
+    /// Bytes of the file, written or not.
+    pub fn nbytes(&self) -> Result<u64> {
+        match &self.file {
+            Some(file) if self.about.metadata == *file.metadata() => Ok(file.len()),
+            _ => format::file_size(&self.layout(&self.extra()?), self.rows as u64),
+        }
+    }
+
+    /// Everything that the header says, as a JSON object.
+    pub fn info(&self) -> Map<String, Value> {
+        describe(&self.decoder, &self.about, self.rows as u64)
+    }
+
+    fn layout(&self, extra: &[Tensor]) -> Layout {
+        layout(&self.decoder, &self.about, extra)
+    }
+
+    /// Decodes rows by id; `out` has `ids.len()` rows. Ids must be inside the table: see [`check_ids`].
+    pub fn lookup(&self, ids: Ids, out: &mut [f32], ctx: &Context) -> Result<()> {
+        let wanted = ids.len() * self.dim();
+        if out.len() != wanted {
+            let expected = format!("{} rows of {} values", ids.len(), self.dim());
+            return Err(Error::shape("out", format!("{} values", out.len()), expected));
+        }
+        self.touch_ids(ids)?;
+        if wanted < PARALLEL_VALUES || ctx.threads() == 1 {
+            for (index, chunk) in out.chunks_mut(TASK_ROWS * self.dim()).enumerate() {
+                ctx.check()?;
+                let start = index * TASK_ROWS;
+                self.decoder.decode(self.codes(), ids.slice(start..start + chunk.len() / self.dim()), chunk);
+            }
+        } else {
+            ctx.chunks(out, TASK_ROWS * self.dim(), |index, chunk| {
+                let start = index * TASK_ROWS;
+                self.decoder.decode(self.codes(), ids.slice(start..start + chunk.len() / self.dim()), chunk);
+                Ok(())
+            })?;
+        }
+        self.intact()
+    }
+
+    /// Combines the rows of each bag: bag `b` is `ids[offsets[b]..offsets[b + 1]]`, the last one up to the end. Empty
+    /// bags give zeros.
+    pub fn pool(
+        &self,
+        ids: Ids,
+        offsets: &[i64],
+        weights: Option<&[f32]>,
+        pooling: Pooling,
+        out: &mut [f32],
+        ctx: &Context,
+    ) -> Result<()> {
+        let bags = bag_ranges(offsets, ids.len())?;
+        if out.len() != bags.len() * self.dim() {
+            let expected = format!("{} rows of {} values", bags.len(), self.dim());
+            return Err(Error::shape("out", format!("{} values", out.len()), expected));
+        }
+        if let Some(weights) = weights {
+            if weights.len() != ids.len() {
+                let found = format!("{} values", weights.len());
+                return Err(Error::shape("weights", found, format!("one for each of the {} ids", ids.len())));
+            }
+            if pooling == Pooling::Max {
+                return Err(Error::parameter("weights", "given", "mode \"max\" takes no weights"));
+            }
+        }
+        self.touch_ids(ids)?;
+        let work = |start: usize, chunk: &mut [f32]| {
+            let mut rows = Vec::new();
+            for (index, out) in chunk.chunks_mut(self.dim()).enumerate() {
+                self.pool_bag(ids, bags[start + index].clone(), weights, pooling, &mut rows, out);
+            }
+        };
+        if ids.len() * self.dim() < PARALLEL_VALUES || ctx.threads() == 1 {
+            work(0, out);
+        } else {
+            const BAGS: usize = 64;
+            ctx.chunks(out, BAGS * self.dim(), |index, chunk| {
+                work(index * BAGS, chunk);
+                Ok(())
+            })?;
+        }
+        self.intact()
+    }
+
+    fn pool_bag(
+        &self,
+        ids: Ids,
+        bag: Range<usize>,
+        weights: Option<&[f32]>,
+        pooling: Pooling,
+        rows: &mut Vec<f32>,
+        out: &mut [f32],
+    ) {
+        // Long bags are read in parts, so that the rows stay in the first-level cache.
+        const PART: usize = 32;
+        let kernels = crate::kernels::best();
+        out.fill(0.0);
+        for start in bag.clone().step_by(PART) {
+            let part = start..bag.end.min(start + PART);
+            rows.resize(part.len() * self.dim(), 0.0);
+            self.decoder.decode(self.codes(), ids.slice(part.clone()), rows);
+            for (index, row) in rows.chunks(self.dim()).enumerate() {
+                match (pooling, weights) {
+                    (Pooling::Max, _) if part.start + index == bag.start => out.copy_from_slice(row),
+                    (Pooling::Max, _) => (kernels.max_into)(out, row),
+                    (_, Some(weights)) => (kernels.axpy)(out, row, weights[part.start + index]),
+                    (_, None) => (kernels.add)(out, row),
+                }
+            }
+        }
+        if pooling == Pooling::Mean && !bag.is_empty() {
+            let count = bag.len() as f32;
+            out.iter_mut().for_each(|v| *v /= count);
+        }
+    }
+
+    /// Checks every byte of a file against its checksums, and every scale inside rows.
+    pub fn verify(&self, ctx: &Context) -> Result<()> {
+        if let Some(file) = &self.file {
+            file.verify(ctx)?;
+        }
+        let bytes = self.row_bytes();
+        let parts = self.rows.div_ceil(TASK_ROWS);
+        ctx.stage("scales", parts as u64);
+        let bad = ctx.map(parts, |index| {
+            let start = index * TASK_ROWS;
+            let end = self.rows.min(start + TASK_ROWS);
+            ctx.advance(1);
+            Ok(self.decoder.bad_row(&self.codes()[start * bytes..end * bytes]).map(|row| start + row))
+        })?;
+        self.intact()?;
+        match bad.into_iter().flatten().next() {
+            None => Ok(()),
+            Some(row) => Err(self.damage(format!("row {row} holds NaN or infinity"))),
+        }
+    }
+
+    /// Names of the rows, if the table carries them.
+    pub fn names(&self) -> Result<Option<Vec<String>>> {
+        Ok(self.loaded_names()?.map(|names| names.iter().map(str::to_owned).collect()))
+    }
+
+    /// The first row of a name.
+    pub fn find(&self, name: &str) -> Result<Option<usize>> {
+        let Some(names) = self.loaded_names()? else { return Ok(None) };
+        Ok(names.index().get(name).copied())
+    }
+
+    /// The names, from memory or from the file; checked.
+    fn loaded_names(&self) -> Result<Option<Names>> {
+        if let (None, Some(file)) = (&self.names, &self.file) {
+            if let (Some(text), Some(ends)) = (file.extra(NAMES)?, file.extra(NAME_ENDS)?) {
+                let names = Names { text, ends, index: Arc::default() };
+                return names.check(self.rows).map(Some).map_err(|why| self.damage(why));
+            }
+        }
+        Ok(self.names.clone())
+    }
+
+    /// The names' tensors, for saving.
+    fn extra(&self) -> Result<Vec<Tensor>> {
+        Ok(self.loaded_names()?.map_or_else(Vec::new, |names| vec![names.text, names.ends]))
+    }
+
+    pub(crate) fn touch(&self, rows: Range<usize>) -> Result<()> {
+        self.file.as_ref().map_or(Ok(()), |file| file.touch(rows))
+    }
+
+    fn touch_ids(&self, ids: Ids) -> Result<()> {
+        let Some(file) = self.file.as_ref().filter(|file| file.is_lazy()) else { return Ok(()) };
+        match ids {
+            Ids::Range { start, len } => file.touch(start..start + len),
+            _ => (0..ids.len()).try_for_each(|index| file.touch(ids.get(index)..ids.get(index) + 1)),
+        }
+    }
+
+    /// Fails once a page of the mapped file was found missing.
+    pub fn intact(&self) -> Result<()> {
+        if self.codes.source().damaged() {
+            return Err(self.damage("the file became shorter while it was mapped: zeros were read in its place".into()));
+        }
+        Ok(())
+    }
+
+    fn damage(&self, why: String) -> Error {
+        let path = self.file.as_ref().map_or_else(Default::default, |file| file.path().to_owned());
+        Error::corrupt(path, why)
+    }
+}
+
+impl Names {
+    fn new(names: &[String], rows: usize) -> Result<Self> {
+        if names.len() != rows {
+            let found = format!("{} names", names.len());
+            return Err(Error::shape("names", found, format!("one for each of the {rows} rows")));
+        }
+        let (text, ends) = names_tensors(names)?;
+        Ok(Names { text, ends, index: Arc::default() })
+    }
+
+    fn check(self, rows: usize) -> std::result::Result<Self, String> {
+        if self.text.dtype != Dtype::U8 || self.ends.dtype != Dtype::U64 || self.ends.len() != rows {
+            return Err(format!("names of {} rows, expected {rows}", self.ends.len()));
+        }
+        let mut last = 0;
+        for end in self.ends() {
+            let part = (last <= *end).then(|| self.text.data.bytes().get(last as usize..*end as usize)).flatten();
+            if part.is_none_or(|bytes| std::str::from_utf8(bytes).is_err()) {
+                return Err("names that are not text".into());
+            }
+            last = *end;
+        }
+        Ok(self)
+    }
+
+    fn ends(&self) -> &[u64] {
+        bytemuck::cast_slice(self.ends.data.bytes())
+    }
+
+    fn iter(&self) -> impl Iterator<Item = &str> {
+        let starts = std::iter::once(0).chain(self.ends().iter().copied());
+        let text = self.text.data.bytes();
+        starts.zip(self.ends()).map(|(start, end)| {
+            std::str::from_utf8(&text[start as usize..*end as usize]).unwrap_or_default() // checked on loading
+        })
+    }
+
+    fn index(&self) -> &HashMap<String, usize> {
+        self.index.get_or_init(|| {
+            let mut index = HashMap::new();
+            for (row, name) in self.iter().enumerate() {
+                index.entry(name.to_owned()).or_insert(row);
+            }
+            index
+        })
+    }
+}
+
+/// The tensors that carry names of rows.
+pub fn names_tensors(names: &[String]) -> Result<(Tensor, Tensor)> {
+    let text = names.concat();
+    let ends: Vec<u64> = names
+        .iter()
+        .scan(0, |end, name| {
+            *end += name.len() as u64;
+            Some(*end)
+        })
+        .collect();
+    Ok((
+        Tensor::new(NAMES, Dtype::U8, vec![text.len()], Buffer::copy_of(text.as_bytes()))?,
+        Tensor::new(NAME_ENDS, Dtype::U64, vec![ends.len()], Buffer::copy_of(bytemuck::cast_slice(&ends)))?,
+    ))
+}
+
+/// The JSON object that a table's file carries.
+pub fn describe(decoder: &Decoder, about: &About, rows: u64) -> Map<String, Value> {
+    let mut object = Map::new();
+    object.insert("profile".into(), format::PROFILE.into());
+    object.insert("requires".into(), Value::Array(Vec::new()));
+    object.insert("kind".into(), about.kind.clone().into());
+    object.insert("rows".into(), rows.into());
+    object.insert("dim".into(), decoder.dim().into());
+    object.insert("dtype".into(), "float32".into());
+    object.insert("row_bytes".into(), decoder.row_bytes().into());
+    object.insert("decoder".into(), Value::Object(decoder.describe()));
+    object.insert("parameters".into(), Value::Object(about.parameters.clone()));
+    object.insert("errors".into(), Value::Object(about.errors.clone()));
+    object.insert("library".into(), concat!("vqrs ", env!("CARGO_PKG_VERSION")).into());
+    object
+}
+
+/// What the file of a table looks like, its codes and numbers aside.
+pub fn layout(decoder: &Decoder, about: &About, extra: &[Tensor]) -> Layout {
+    let spec = |t: &Tensor| TensorSpec { name: t.name.clone(), dtype: t.dtype, shape: t.shape.clone() };
+    let mut description = describe(decoder, about, 0);
+    // Room for every error that may be known by the end, so that the size does not depend on which are.
+    let errors = ["relative", "centred", "weighted", "gaussian_bound"].map(|name| (name.to_owned(), 0.0.into()));
+    let mut all = Map::from_iter(errors);
+    all.extend(about.errors.clone());
+    description.insert("errors".into(), Value::Object(all));
+    Layout {
+        description,
+        metadata: about.metadata.clone(),
+        row_bytes: decoder.row_bytes(),
+        tensors: decoder.tensors().iter().map(spec).collect(),
+        extra: extra.iter().map(spec).collect(),
+    }
+}
+
+/// Bags as ranges of ids. Offsets start at 0, never fall and stay inside the ids.
+fn bag_ranges(offsets: &[i64], ids: usize) -> Result<Vec<Range<usize>>> {
+    let wrong = |found: String| Error::shape("offsets", found, format!("numbers from 0, not falling, at most {ids}"));
+    if offsets.first().is_some_and(|first| *first != 0) {
+        return Err(wrong(format!("{} first", offsets[0])));
+    }
+    if offsets.is_empty() && ids > 0 {
+        return Err(wrong("no numbers".into()));
+    }
+    let mut bags = Vec::with_capacity(offsets.len());
+    for (index, start) in offsets.iter().enumerate() {
+        let end = offsets.get(index + 1).copied().unwrap_or(ids as i64);
+        if end < *start || end > ids as i64 {
+            return Err(wrong(format!("{end} after {start}")));
+        }
+        bags.push(*start as usize..end as usize);
+    }
+    Ok(bags)
+}
+
+/// Whether all ids are rows of a table; `Some` with ids counted from the end replaced, where there were negative ones.
+pub fn check_ids(ids: Ids, rows: usize) -> Result<Option<Vec<i64>>> {
+    let refuse = |position: usize, id: i64| Err(Error::Id { id, position, rows });
+    let fine = match ids {
+        Ids::Range { start, len } if start.checked_add(len).is_some_and(|end| end <= rows) => return Ok(None),
+        Ids::Range { start, len } => return refuse(0, start.saturating_add(len) as i64 - 1),
+        // Compared as unsigned: negative numbers become too large. No branch per id, so that it runs in vectors.
+        Ids::I32(ids) => ids.iter().fold(true, |fine, id| fine & ((*id as u32 as u64) < rows as u64)) && rows > 0,
+        Ids::I64(ids) => ids.iter().fold(true, |fine, id| fine & ((*id as u64) < rows as u64)),
+    };
+    let negative = matches!(ids, Ids::I32(ids) if rows > i32::MAX as usize && ids.iter().any(|id| *id < 0));
+    if fine && !negative {
+        return Ok(None);
+    }
+    let signed = |index: usize| match ids {
+        Ids::I32(ids) => i64::from(ids[index]),
+        Ids::I64(ids) => ids[index],
+        Ids::Range { start, .. } => (start + index) as i64,
+    };
+    let mut wrapped = Vec::with_capacity(ids.len());
+    for position in 0..ids.len() {
+        let id = signed(position);
+        let row = if id < 0 { id + rows as i64 } else { id };
+        if row < 0 || row >= rows as i64 {
+            return refuse(position, id);
+        }
+        wrapped.push(row);
+    }
+    Ok(Some(wrapped))
+}

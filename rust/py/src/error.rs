@@ -1,0 +1,36 @@
+//! From [`vqrs_core::Error`] to Python's exceptions, in one place.
+
+use pyo3::exceptions::{PyIndexError, PyKeyboardInterrupt, PyOSError, PyRuntimeError, PyValueError};
+use pyo3::prelude::*;
+use vqrs_core::Error;
+
+pyo3::create_exception!(vqrs, TableError, PyValueError, "A table file cannot be used.");
+pyo3::create_exception!(vqrs, TableCorruptError, TableError, "A table file is damaged, cut, or no table at all.");
+pyo3::create_exception!(vqrs, TableVersionError, TableError, "A table file needs a newer version of vqrs.");
+pyo3::create_exception!(vqrs, InternalError, PyRuntimeError, "A fault of vqrs itself: please report it.");
+
+/// The Python exception of an error.
+pub fn to_py(error: Error) -> PyErr {
+    let text = error.to_string();
+    match error {
+        Error::Id { .. } => PyIndexError::new_err(text),
+        Error::Corrupt { .. } => TableCorruptError::new_err(text),
+        Error::Version { .. } => TableVersionError::new_err(text),
+        // Python picks FileNotFoundError and its kin by the number.
+        Error::Io { path, source } => match source.raw_os_error() {
+            Some(number) => {
+                let reason = source.to_string();
+                let reason = reason.split(" (os error").next().unwrap_or_default().to_owned();
+                PyOSError::new_err((number, reason, path.display().to_string()))
+            }
+            None => PyOSError::new_err(text),
+        },
+        Error::Interrupted => PyKeyboardInterrupt::new_err(text),
+        Error::Parameter { .. }
+        | Error::UnknownKind { .. }
+        | Error::Shape { .. }
+        | Error::NotFinite { .. }
+        | Error::OutOfRange { .. }
+        | Error::Closed => PyValueError::new_err(text),
+    }
+}

@@ -1,0 +1,428 @@
+//! Classes `Table` and `TableWriter`.
+
+use crate::array::{checked, matrix, output, tensors, tensors_from, to_json, view};
+use crate::call::{detached, long, short};
+use crate::codec::Codec;
+use crate::error::to_py;
+use numpy::{PyArray1, PyArray2, PyArrayMethods, PyReadonlyArray1, PyReadonlyArray2};
+use pyo3::exceptions::{PyTypeError, PyValueError};
+use pyo3::prelude::*;
+use pyo3::types::PyDict;
+use serde_json::{Map, Value};
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
+use vqrs_core::decoder::Metric;
+use vqrs_core::error::Error;
+use vqrs_core::kernels::Ids;
+use vqrs_core::pool::Context;
+use vqrs_core::table::{self, About, Mode, Pooling, Verify};
+use vqrs_core::tensor::Buffer;
+use vqrs_core::{quantizer, search, stream};
+
+/// Values below which a call keeps the GIL: giving it back costs as much as the work.
+const SHORT: usize = 1 << 14;
+
+/// Values above which a call answers Ctrl-C while it runs.
+const LONG: usize = 1 << 24;
+
+/// A decoder with its codes, in memory or mapped.
+#[pyclass(frozen, module = "vqrs._core")]
+pub struct Table {
+    inner: RwLock<Option<Arc<table::Table>>>,
+}
+
+/// Borrowed ids of either type.
+enum IdArray<'py> {
+    I32(PyReadonlyArray1<'py, i32>),
+    I64(PyReadonlyArray1<'py, i64>),
+}
+
+impl<'py> IdArray<'py> {
+    fn new(ids: &Bound<'py, PyAny>) -> PyResult<Self> {
+        if let Ok(array) = ids.cast::<PyArray1<i64>>() {
+            return Ok(IdArray::I64(array.try_readonly()?));
+        }
+        if let Ok(array) = ids.cast::<PyArray1<i32>>() {
+            return Ok(IdArray::I32(array.try_readonly()?));
+        }
+        Err(PyTypeError::new_err("ids must be a 1-D array of int32 or int64"))
+    }
+
+    fn ids(&self) -> PyResult<Ids<'_>> {
+        Ok(match self {
+            IdArray::I32(array) => Ids::I32(array.as_slice()?),
+            IdArray::I64(array) => Ids::I64(array.as_slice()?),
+        })
+    }
+}
+
+/// Runs short work at once, longer work without the GIL, and long work so that Ctrl-C is answered.
+fn run(py: Python<'_>, values: usize, ctx: &Context, work: impl FnOnce() -> vqrs_core::Result<()> + Send) -> PyResult<()> {
+    match values {
+        ..SHORT => short(work),
+        SHORT..LONG => detached(py, work),
+        _ => long(py, ctx, None, work),
+    }
+}
+
+fn strings(metadata: Option<&Bound<'_, PyAny>>) -> PyResult<BTreeMap<String, String>> {
+    let mut map = BTreeMap::new();
+    for (key, value) in metadata.map(to_json).transpose()?.unwrap_or_default() {
+        match value {
+            Value::String(text) => map.insert(key, text),
+            other => {
+                return Err(PyTypeError::new_err(format!("metadata[{key:?}] is {other}, expected a string")));
+            }
+        };
+    }
+    Ok(map)
+}
+
+impl Table {
+    fn of(table: table::Table) -> Self {
+        Table { inner: RwLock::new(Some(Arc::new(table))) }
+    }
+
+    fn get(&self) -> PyResult<Arc<table::Table>> {
+        let guard = self.inner.read().unwrap_or_else(PoisonError::into_inner);
+        guard.clone().ok_or_else(|| to_py(Error::Closed))
+    }
+}
+
+#[pymethods]
+impl Table {
+    #[staticmethod]
+    fn open(py: Python<'_>, path: PathBuf, verify: &str, mode: &str) -> PyResult<Self> {
+        let verify = match verify {
+            "header" => Verify::Header,
+            "lazy" => Verify::Lazy,
+            "full" => Verify::Full,
+            other => return Err(to_py(Error::parameter("verify", format!("{other:?}"), "must be header, lazy or full"))),
+        };
+        let mode = match mode {
+            "mmap" => Mode::Mmap,
+            "read" => Mode::Read,
+            other => return Err(to_py(Error::parameter("mode", format!("{other:?}"), "must be mmap or read"))),
+        };
+        Ok(Table::of(detached(py, || table::Table::open(&path, verify, mode))?))
+    }
+
+    #[staticmethod]
+    #[pyo3(signature = (codec, codes, *, errors, names=None, metadata=None))]
+    fn from_codec(
+        py: Python<'_>,
+        codec: &Codec,
+        codes: PyReadonlyArray2<'_, u8>,
+        errors: &Bound<'_, PyAny>,
+        names: Option<Vec<String>>,
+        metadata: Option<&Bound<'_, PyAny>>,
+    ) -> PyResult<Self> {
+        let (rows, width) = (codes.as_array().nrows(), codes.as_array().ncols());
+        let codec = &codec.codec;
+        if width != codec.decoder().row_bytes() {
+            let found = format!("{width} bytes a row");
+            return Err(to_py(Error::shape("codes", found, format!("{}", codec.decoder().row_bytes()))));
+        }
+        let (codes, errors, metadata) = (codes.as_slice()?, to_json(errors)?, strings(metadata)?);
+        let table = detached(py, || {
+            let about =
+                About { kind: codec.kind().into(), parameters: codec.parameters(), errors, metadata: metadata.clone() };
+            let table = table::Table::new(codec.decoder().clone(), Buffer::copy_of(codes), rows, about)?;
+            table.with_metadata(names.as_deref(), metadata)
+        })?;
+        Ok(Table::of(table))
+    }
+
+    fn with_tensors(&self, tensors: &Bound<'_, PyDict>) -> PyResult<Self> {
+        Ok(Table::of(checked(self.get()?.with_tensors(&tensors_from(tensors)?))?))
+    }
+
+    #[pyo3(signature = (names, metadata))]
+    fn with_metadata(&self, names: Option<Vec<String>>, metadata: &Bound<'_, PyAny>) -> PyResult<Self> {
+        Ok(Table::of(checked(self.get()?.with_metadata(names.as_deref(), strings(Some(metadata))?))?))
+    }
+
+    #[getter]
+    fn n_rows(&self) -> PyResult<usize> {
+        Ok(self.get()?.rows())
+    }
+
+    #[getter]
+    fn dim(&self) -> PyResult<usize> {
+        Ok(self.get()?.dim())
+    }
+
+    #[getter]
+    fn row_bytes(&self) -> PyResult<usize> {
+        Ok(self.get()?.row_bytes())
+    }
+
+    #[getter]
+    fn kind(&self) -> PyResult<String> {
+        Ok(self.get()?.about().kind.clone())
+    }
+
+    #[getter]
+    fn form(&self) -> PyResult<&'static str> {
+        Ok(self.get()?.decoder().form())
+    }
+
+    #[getter]
+    fn nbytes(&self) -> PyResult<u64> {
+        checked(self.get()?.nbytes())
+    }
+
+    #[getter]
+    fn path(&self) -> PyResult<Option<PathBuf>> {
+        Ok(self.get()?.file().map(|file| file.path().to_owned()))
+    }
+
+    #[getter]
+    fn mapped(&self) -> PyResult<bool> {
+        Ok(self.get()?.file().is_some_and(|file| file.is_mapped()))
+    }
+
+    #[getter]
+    fn closed(&self) -> bool {
+        self.get().is_err()
+    }
+
+    #[getter]
+    fn relative_error(&self) -> PyResult<f64> {
+        Ok(self.get()?.about().errors.get("relative").and_then(Value::as_f64).unwrap_or(f64::NAN))
+    }
+
+    #[getter]
+    fn metadata(&self) -> PyResult<BTreeMap<String, String>> {
+        Ok(self.get()?.about().metadata.clone())
+    }
+
+    fn names(&self) -> PyResult<Option<Vec<String>>> {
+        checked(self.get()?.names())
+    }
+
+    fn find(&self, name: &str) -> PyResult<Option<usize>> {
+        checked(self.get()?.find(name))
+    }
+
+    fn codec(&self) -> PyResult<Codec> {
+        let table = self.get()?;
+        let about = table.about();
+        let codec = quantizer::Codec::new(&about.kind, about.parameters.clone(), table.decoder().clone());
+        Ok(Codec::new(checked(codec)?, self.relative_error()?))
+    }
+
+    fn info(&self) -> PyResult<String> {
+        Ok(Value::Object(self.get()?.info()).to_string())
+    }
+
+    #[pyo3(signature = (ids, out=None, n_jobs=None))]
+    fn lookup<'py>(
+        &self,
+        py: Python<'py>,
+        ids: &Bound<'py, PyAny>,
+        out: Option<Bound<'py, PyArray2<f32>>>,
+        n_jobs: Option<i64>,
+    ) -> PyResult<Bound<'py, PyArray2<f32>>> {
+        let table = self.get()?;
+        let array = IdArray::new(ids)?;
+        let ids = array.ids()?;
+        let out = output(py, out, [ids.len(), table.dim()])?;
+        {
+            let mut guard = out.try_readwrite()?;
+            let values = guard.as_slice_mut()?;
+            let ctx = Context::new(n_jobs, 0);
+            run(py, values.len(), &ctx, || {
+                let wrapped = table::check_ids(ids, table.rows())?;
+                table.lookup(wrapped.as_deref().map_or(ids, Ids::I64), values, &ctx)
+            })?;
+        }
+        Ok(out)
+    }
+
+    #[pyo3(signature = (start, stop, out=None, n_jobs=None))]
+    fn decode<'py>(
+        &self,
+        py: Python<'py>,
+        start: usize,
+        stop: usize,
+        out: Option<Bound<'py, PyArray2<f32>>>,
+        n_jobs: Option<i64>,
+    ) -> PyResult<Bound<'py, PyArray2<f32>>> {
+        let table = self.get()?;
+        if start > stop || stop > table.rows() {
+            let text = format!("rows {start} to {stop} are not inside a table of {} rows", table.rows());
+            return Err(pyo3::exceptions::PyIndexError::new_err(text));
+        }
+        let out = output(py, out, [stop - start, table.dim()])?;
+        {
+            let mut guard = out.try_readwrite()?;
+            let values = guard.as_slice_mut()?;
+            let ctx = Context::new(n_jobs, 0);
+            run(py, values.len(), &ctx, || table.lookup(Ids::Range { start, len: stop - start }, values, &ctx))?;
+        }
+        Ok(out)
+    }
+
+    #[pyo3(signature = (ids, offsets, weights, mode, out=None, n_jobs=None))]
+    fn pool<'py>(
+        &self,
+        py: Python<'py>,
+        ids: &Bound<'py, PyAny>,
+        offsets: PyReadonlyArray1<'py, i64>,
+        weights: Option<PyReadonlyArray1<'py, f32>>,
+        mode: &str,
+        out: Option<Bound<'py, PyArray2<f32>>>,
+        n_jobs: Option<i64>,
+    ) -> PyResult<Bound<'py, PyArray2<f32>>> {
+        let pooling = match mode {
+            "sum" => Pooling::Sum,
+            "mean" => Pooling::Mean,
+            "max" => Pooling::Max,
+            other => return Err(to_py(Error::parameter("mode", format!("{other:?}"), "must be sum, mean or max"))),
+        };
+        let table = self.get()?;
+        let array = IdArray::new(ids)?;
+        let (ids, offsets) = (array.ids()?, offsets.as_slice()?);
+        let weights = weights.as_ref().map(|w| w.as_slice()).transpose()?;
+        let out = output(py, out, [offsets.len(), table.dim()])?;
+        {
+            let mut guard = out.try_readwrite()?;
+            let values = guard.as_slice_mut()?;
+            let ctx = Context::new(n_jobs, 0);
+            run(py, ids.len() * table.dim(), &ctx, || {
+                let wrapped = table::check_ids(ids, table.rows())?;
+                let ids = wrapped.as_deref().map_or(ids, Ids::I64);
+                table.pool(ids, offsets, weights, pooling, values, &ctx)
+            })?;
+        }
+        Ok(out)
+    }
+
+    #[pyo3(signature = (queries, k, metric, n_jobs=None))]
+    #[allow(clippy::type_complexity)]
+    fn search<'py>(
+        &self,
+        py: Python<'py>,
+        queries: PyReadonlyArray2<'py, f32>,
+        k: usize,
+        metric: &str,
+        n_jobs: Option<i64>,
+    ) -> PyResult<(Bound<'py, PyArray2<f32>>, Bound<'py, PyArray2<i64>>)> {
+        let metric = match metric {
+            "inner_product" => Metric::InnerProduct,
+            "l2" => Metric::L2,
+            "cosine" => Metric::Cosine,
+            other => {
+                let expected = "must be inner_product, l2 or cosine";
+                return Err(to_py(Error::parameter("metric", format!("{other:?}"), expected)));
+            }
+        };
+        let table = self.get()?;
+        let count = queries.as_array().nrows();
+        let queries = matrix(&queries)?;
+        let ctx = Context::new(n_jobs, 0);
+        let (scores, ids) = long(py, &ctx, None, || search::search(&table, queries, k, metric, &ctx))?;
+        let shape = [count, k.min(table.rows())];
+        Ok((PyArray1::from_vec(py, scores).reshape(shape)?, PyArray1::from_vec(py, ids).reshape(shape)?))
+    }
+
+    fn codes<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
+        let table = self.get()?;
+        view(py, table.code_buffer(), vqrs_core::tensor::Dtype::U8, &[table.rows(), table.row_bytes()])
+    }
+
+    fn tensors<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
+        tensors(py, &self.get()?.decoder().tensors())
+    }
+
+    #[pyo3(signature = (path, *, durable=true, n_jobs=None))]
+    fn save(&self, py: Python<'_>, path: PathBuf, durable: bool, n_jobs: Option<i64>) -> PyResult<u64> {
+        let table = self.get()?;
+        let ctx = Context::new(n_jobs, 0);
+        long(py, &ctx, None, || table.save(&path, durable, &ctx))
+    }
+
+    #[pyo3(signature = (n_jobs=None))]
+    fn verify(&self, py: Python<'_>, n_jobs: Option<i64>) -> PyResult<()> {
+        let table = self.get()?;
+        let ctx = Context::new(n_jobs, 0);
+        long(py, &ctx, None, || table.verify(&ctx))
+    }
+
+    fn close(&self) {
+        *self.inner.write().unwrap_or_else(PoisonError::into_inner) = None;
+    }
+}
+
+/// Streams a table to a file in bounded memory.
+#[pyclass(frozen, module = "vqrs._core")]
+pub struct TableWriter {
+    inner: Mutex<Option<stream::TableWriter>>,
+    dim: usize,
+}
+
+impl TableWriter {
+    fn take(&self) -> PyResult<stream::TableWriter> {
+        let mut guard = self.inner.lock().unwrap_or_else(PoisonError::into_inner);
+        guard.take().ok_or_else(|| PyValueError::new_err("the writer is finished, was stopped by an error, or is in use"))
+    }
+}
+
+#[pymethods]
+impl TableWriter {
+    #[new]
+    #[pyo3(signature = (path, codec, *, names=None, metadata=None, durable=true))]
+    fn new(
+        path: PathBuf,
+        codec: &Codec,
+        names: Option<Vec<String>>,
+        metadata: Option<&Bound<'_, PyAny>>,
+        durable: bool,
+    ) -> PyResult<Self> {
+        let dim = codec.codec.decoder().dim();
+        let path: &Path = &path;
+        let writer =
+            stream::TableWriter::create(path, codec.codec.clone(), names.as_deref(), strings(metadata)?, durable);
+        Ok(TableWriter { inner: Mutex::new(Some(checked(writer)?)), dim })
+    }
+
+    #[pyo3(signature = (x, *, sample_weight=None, n_jobs=None, progress=None))]
+    fn write<'py>(
+        &self,
+        py: Python<'py>,
+        x: PyReadonlyArray2<'py, f32>,
+        sample_weight: Option<PyReadonlyArray1<'py, f64>>,
+        n_jobs: Option<i64>,
+        progress: Option<Bound<'py, PyAny>>,
+    ) -> PyResult<()> {
+        let x = matrix(&x)?;
+        let weights = sample_weight.as_ref().map(|w| w.as_slice()).transpose()?;
+        if weights.is_some_and(|w| w.len() != x.rows()) || x.dim() != self.dim {
+            let text = format!("a block of {} rows of {} features, expected {} features and a weight a row", x.rows(), x.dim(), self.dim);
+            return Err(PyValueError::new_err(text));
+        }
+        let ctx = Context::new(n_jobs, 0);
+        // Taken while at work: an error leaves the writer stopped and its temporary file removed.
+        let mut writer = self.take()?;
+        let work_ctx = &ctx;
+        let writer = long(py, &ctx, progress.as_ref(), move || {
+            writer.write(x, weights, work_ctx)?;
+            Ok(writer)
+        })?;
+        *self.inner.lock().unwrap_or_else(PoisonError::into_inner) = Some(writer);
+        Ok(())
+    }
+
+    #[pyo3(signature = (errors=None))]
+    fn finish(&self, py: Python<'_>, errors: Option<&Bound<'_, PyAny>>) -> PyResult<u64> {
+        let errors: Map<String, Value> = errors.map(to_json).transpose()?.unwrap_or_default();
+        let writer = self.take()?;
+        detached(py, move || writer.finish(errors))
+    }
+
+    fn abort(&self) {
+        drop(self.take());
+    }
+}
