@@ -1,6 +1,6 @@
 """Writes the tables of quantizers in the documents from the code: ``python docs/generate.py [--check]``.
 
-The text between ``<!-- NAME begin -->`` and ``<!-- NAME end -->`` is replaced. ``--check`` writes nothing and fails where
+The text between ``<!-- NAME begin -->`` and ``<!-- NAME end -->`` is replaced. ``--check`` writes nothing and fails if
 a document is out of date.
 """
 
