@@ -1,0 +1,15 @@
+"""Compressed embedding tables as torch modules.
+
+:class:`Embedding` and :class:`EmbeddingBag` take the place of torch's own. They hold the codes of a table (mapped from
+its file where there is one) and decode the rows that are asked for, by the compiled core or, where gradients, another
+device or a compiler are at work, by plain torch.
+"""
+
+try:
+    import torch  # noqa: F401
+except ModuleNotFoundError as error:
+    raise ImportError("vqrs.torch needs torch 2.4 or newer: pip install 'vqrs[torch]'") from error
+
+from vqrs.torch.embedding import Embedding, EmbeddingBag
+
+__all__ = ["Embedding", "EmbeddingBag"]

@@ -1,0 +1,690 @@
+"""``Embedding`` and ``EmbeddingBag``: torch's own modules over a compressed table."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, Literal, TypeVar
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+import vqrs
+from vqrs import _core
+from vqrs.torch.forms import FORMS, Decoder, decoder_from_parts
+
+__all__ = ["Embedding", "EmbeddingBag"]
+
+Self = TypeVar("Self", bound="_TableModule")
+BLOCK = 65_536
+"""Rows that are decoded at once where all are wanted: bounds the memory that unpacked codes take."""
+
+
+class _TableModule(nn.Module):
+    """A table as a torch module: what ``Embedding`` and ``EmbeddingBag`` share.
+
+    The buffer ``codes`` is the table's memory (or its mapping), the module ``decoder`` the form that reads it. A
+    module whose codes are on the CPU never owns a second copy of them.
+    """
+
+    codes: Tensor
+    decoder: Decoder
+    _output: Tensor
+    _TAKEN_OVER: ClassVar[tuple[str, ...]] = ()
+    """Arguments that ``from_pretrained`` takes over from torch's own module."""
+
+    def __init__(
+        self,
+        shape: tuple[int, int],
+        table: vqrs.Table | None,
+        weight: Tensor | None,
+        compression: dict[str, Any],
+        *,
+        padding_idx: int | None,
+        trainable: bool,
+        device: Any,
+        dtype: torch.dtype | str | None,
+    ) -> None:
+        super().__init__()
+        if isinstance(dtype, str):
+            compression, dtype = compression | {"dtype": dtype}, None
+        self.num_embeddings, self.embedding_dim = shape
+        self.padding_idx = _padding_row(padding_idx, self.num_embeddings)
+        self.trainable = trainable
+        self._compression = compression if table is None else None
+        if table is None:
+            if weight is None:
+                weight = nn.Embedding(*shape, self.padding_idx, device="cpu", dtype=dtype).weight
+            device, dtype = device or weight.device, dtype or weight.dtype
+            if tuple(weight.shape) != shape:
+                raise ValueError(f"the weight has shape {tuple(weight.shape)}, expected {shape}")
+            table = _compress(weight, compression)
+        elif compression:
+            raise TypeError(f"a table is there already, it takes no {', '.join(sorted(compression))}")
+        # Empty: its dtype is the output's, and follows .half(), .to() and .double() as parameters do.
+        output = torch.empty(0, dtype=dtype or torch.get_default_dtype(), device="cpu")
+        self.register_buffer("_output", output, persistent=False)
+        self._adopt(table)
+        self.to(device)
+
+    # ---- where it comes from -----------------------------------------------------------------------------------
+
+    @classmethod
+    def from_table(
+        cls: type[Self],
+        table: vqrs.Table | str | os.PathLike[str],
+        *,
+        mmap: bool = True,
+        trainable: bool = False,
+        freeze: bool | None = None,
+        verify: Literal["header", "lazy", "full"] = "header",
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        **arguments: Any,
+    ) -> Self:
+        """Make the module of a table, or of a table's file.
+
+        Parameters
+        ----------
+        table : Table or path
+            A table keeps its bytes where they are: the module shares them. Closing the table ends the module.
+        mmap : bool, default=True
+            Whether a file is mapped (``vqrs.open``'s ``mode="mmap"``) or read into memory (``mode="read"``).
+        trainable : bool, default=False
+            Whether codebooks, scales and offsets become parameters.
+        freeze : bool, optional
+            Torch's name for ``not trainable``.
+        verify : {"header", "lazy", "full"}, default="header"
+            What to check of a file, as in ``vqrs.open``.
+        device : optional
+            Where codes and decoder go. The CPU by default, where codes are not copied.
+        dtype : torch.dtype, optional
+            Of the rows that ``forward`` returns. Torch's default dtype by default.
+        **arguments
+            Of the module itself: ``padding_idx``, and for bags ``mode`` and ``include_last_offset``.
+
+        Returns
+        -------
+        The module
+
+        Raises
+        ------
+        ValueError
+            If an argument is not supported, or ``trainable`` is asked of a table with nothing to train.
+        TableError
+            If the file is not a sound table.
+        """
+        if not isinstance(table, vqrs.Table):
+            table = vqrs.open(table, verify=verify, mode="mmap" if mmap else "read")
+        trainable = _trainable(trainable, freeze)
+        return cls(*table.shape, trainable=trainable, device=device, dtype=dtype, _table=table, **arguments)
+
+    @classmethod
+    def from_pretrained(
+        cls: type[Self],
+        weight: Any,
+        freeze: bool | None = None,
+        *,
+        trainable: bool = False,
+        **arguments: Any,
+    ) -> Self:
+        """Compress a weight, or a module of torch.
+
+        Parameters
+        ----------
+        weight : tensor or array of shape (n, d) and any float dtype, torch.nn.Embedding or torch.nn.EmbeddingBag
+            Of a module, ``padding_idx`` (and for bags ``mode`` and ``include_last_offset``) are taken over unless
+            given. The result is on the weight's device and returns rows of its dtype, unless ``device`` and ``dtype``
+            are given.
+        freeze : bool, optional
+            Torch's name for ``not trainable``.
+        trainable : bool, default=False
+            Whether codebooks, scales and offsets become parameters.
+        **arguments
+            How to compress, as in ``vqrs.compress`` (``ratio=``, ``nbytes=``, ``max_error=``, ``method=`` and its
+            parameters), and arguments of the module itself.
+
+        Returns
+        -------
+        The module
+
+        Raises
+        ------
+        ValueError
+            If an argument (or what the module was made with) is not supported.
+
+        Examples
+        --------
+        >>> import torch, vqrs.torch
+        >>> pretrained = torch.nn.Embedding(300, 16, padding_idx=0)
+        >>> small = vqrs.torch.Embedding.from_pretrained(pretrained, method="scalar", dtype="int8")
+        >>> small(torch.tensor([[1, 2, 3]])).shape
+        torch.Size([1, 3, 16])
+        >>> small.padding_idx
+        0
+        """
+        trainable = _trainable(trainable, freeze)
+        if isinstance(weight, nn.Module):
+            names = cls._TAKEN_OVER + (("scale_grad_by_freq", "sparse") if trainable else ())
+            arguments = {name: getattr(weight, name) for name in names if hasattr(weight, name)} | arguments
+            weight = weight.weight
+        weight = torch.as_tensor(weight)
+        return cls(*weight.shape, trainable=trainable, _weight=weight, **arguments)
+
+    # ---- what it holds -----------------------------------------------------------------------------------------
+
+    @property
+    def weight(self) -> Tensor:
+        """All rows, decoded: a tensor of shape (n, d). Made anew at every read; differentiable if trainable."""
+        if self._kernel_serves(self.codes):
+            return self._from_kernel(
+                self.num_embeddings, lambda out: self._table._core.decode(0, self.num_embeddings, out)
+            )
+        blocks = torch.arange(self.num_embeddings, device=self.codes.device).split(BLOCK)
+        return torch.cat([self._gather(block).to(self.dtype) for block in blocks])
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the rows that the module returns. ``.half()``, ``.to(dtype)`` and ``.double()`` change it."""
+        return self._output.dtype
+
+    def to_table(self) -> vqrs.Table:
+        """The table of the present values.
+
+        Returns
+        -------
+        Table
+            Frozen: the table inside. Trainable: a new one with the trained values, rounded to the types that the table
+            stores; its ``relative_error`` is NaN, since the rows are meant to differ from those that were compressed.
+            Names and metadata are kept.
+
+        Raises
+        ------
+        ValueError
+            If a trained value is not finite or cannot be stored.
+        """
+        if not self.trainable:
+            return self._table
+        core = self._table._core
+        old_codes = _as_tensor(core.codes())
+        tensors, codes = self.decoder.stored_values(old_codes)
+        if codes is not old_codes:
+            core = _core.Table.from_codec(
+                core.codec(), codes.numpy(), errors={"relative": math.nan}, names=core.names(), metadata=core.metadata
+            )
+        return vqrs.Table(core.with_tensors(_as_arrays(tensors)) if tensors else core)
+
+    def extra_repr(self) -> str:
+        """Rows, columns, kind, bytes and ratio: what printing the module shows."""
+        table = self._table
+        text = f"{self.num_embeddings}, {self.embedding_dim}, kind={table.kind}, nbytes={table.nbytes}"
+        text += f", ratio={table.ratio:.2f}"
+        if self.padding_idx is not None:
+            text += f", padding_idx={self.padding_idx}"
+        return text + ", trainable=True" if self.trainable else text
+
+    # ---- reading -----------------------------------------------------------------------------------------------
+
+    def _kernel_serves(self, ids: Tensor) -> bool:
+        """Whether the compiled core reads these rows: it knows neither gradients nor devices nor tracing."""
+        return not self.trainable and self.codes.is_cpu and _is_plain(ids)
+
+    def _from_kernel(self, n_rows: int, read: Callable[[NDArray[np.float32]], object]) -> Tensor:
+        """What ``read`` writes, without a copy, into a tensor of n_rows rows."""
+        out = torch.empty(n_rows, self.embedding_dim, dtype=torch.float32, device="cpu")
+        read(out.numpy())
+        return out.to(self.dtype)
+
+    def _gather(self, ids: Tensor) -> Tensor:
+        """Rows of one-dimensional ids, by torch's own operators."""
+        rows = self.decoder(F.embedding(ids, self.codes), ids)
+        if self.padding_idx is None or not self.trainable:
+            return rows
+        return torch.where((ids == self.padding_idx)[:, None], rows.detach(), rows)
+
+    def _check_ids(self, ids: Tensor) -> None:
+        """Refuse the ids that torch's own modules refuse."""
+        if not isinstance(ids, Tensor) or ids.dtype not in (torch.int32, torch.int64):
+            found = ids.dtype if isinstance(ids, Tensor) else type(ids).__name__
+            raise TypeError(f"ids must be a tensor of int32 or int64, not {found}")
+        if not _is_plain(ids) or ids.numel() == 0:  # another device checks by itself, without a wait for it
+            return
+        low, high = (int(end) for end in torch.aminmax(ids))
+        if low < 0 or high >= self.num_embeddings:
+            raise IndexError(
+                f"index out of range: id {low if low < 0 else high} in a table of {self.num_embeddings} rows "
+                "(ids count from 0; negative ones are refused, as torch does)"
+            )
+
+    # ---- states ------------------------------------------------------------------------------------------------
+
+    def _adopt(self, table: vqrs.Table, decoder: Decoder | None = None) -> None:
+        """Read from this table from now on, by its decoder or the given one."""
+        codes = _as_tensor(table.codes)
+        if decoder is None:
+            tensors = {name: _as_tensor(array) for name, array in table._core.tensors().items()}
+            decoder = decoder_from_parts(table.info()["decoder"], tensors, codes, self.trainable)
+        device = self._output.device
+        self._table = table
+        self.register_buffer("codes", codes.to(device))
+        old = dict(self.decoder.named_parameters()) if "decoder" in self._modules else {}
+        new = dict(decoder.named_parameters())
+        if new and {name: value.shape for name, value in old.items()} == {n: v.shape for n, v in new.items()}:
+            with torch.no_grad():  # optimizers hold the parameters that are there
+                for name, value in new.items():
+                    old[name].copy_(value)
+        else:
+            self.decoder = decoder.to(device)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _TableModule:
+        super()._apply(fn, recurse)
+        if self.codes.is_cpu:
+            self.codes = _as_tensor(self._table.codes)  # back from another device: the table's memory, not a copy
+        return self
+
+    def get_extra_state(self) -> Tensor:
+        """What ``state_dict`` holds beside codes and decoder: JSON text that says how to read them, as uint8."""
+        info = self._table.info()
+        state = {
+            "codec": self._table._core.codec().to_parts()[0],
+            "decoder": info["decoder"],
+            "errors": info["errors"],
+            "trainable": self.trainable,
+        }
+        return torch.frombuffer(bytearray(json.dumps(state).encode()), dtype=torch.uint8)
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Mapping[str, Any],
+        prefix: str,
+        local_metadata: Mapping[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        """Load a state of this class (of any kind, frozen or trained), or the weight of a plain torch module."""
+        own = {key.removeprefix(prefix): value for key, value in state_dict.items() if key.startswith(prefix)}
+        try:
+            if "codes" in own and "_extra_state" in own:
+                self._load_codes(own)
+            elif "weight" in own:
+                self._load_weight(own["weight"])
+            else:
+                missing_keys.extend(prefix + key for key in ("codes", "_extra_state") if key not in own)
+        except (ValueError, TypeError, LookupError, AttributeError, RuntimeError) as error:
+            error_msgs.append(f"{prefix.rstrip('.') or type(self).__name__}: the state cannot be loaded: {error}")
+
+    def _load_codes(self, state: dict[str, Tensor]) -> None:
+        """Become the table of a state: the same rows, whatever the kind and size of either."""
+        described = json.loads(state["_extra_state"].cpu().numpy().tobytes())
+        description, codes = described["decoder"], state["codes"].detach().cpu()
+        self._check_shape((len(codes), description["dim"]))
+        names = [key for key in state if key.startswith("decoder.")]
+        tensors = {name.removeprefix("decoder."): state[name].detach().cpu().clone() for name in names}
+        decoder = FORMS[description["form"]](description, tensors, described["trainable"])
+        stored, codes = decoder.stored_values(codes)
+        codec = _core.Codec.from_parts(described["codec"], _as_arrays(stored))
+        core = _core.Table.from_codec(codec, codes.contiguous().numpy(), errors=described["errors"])
+        exact = decoder if self.trainable and described["trainable"] else None  # what a table would round
+        self._adopt(vqrs.Table(core), exact)
+
+    def _load_weight(self, weight: Tensor) -> None:
+        """Compress the weight of a plain torch module as this module's own was."""
+        if self._compression is None:
+            raise ValueError(
+                "the state holds a plain weight and this module was made from a table, so that it cannot tell how to "
+                "compress: load the weight into a torch module and use from_pretrained"
+            )
+        self._check_shape(tuple(weight.shape))
+        self._adopt(_compress(weight, self._compression))
+
+    def _check_shape(self, shape: tuple[int, ...]) -> None:
+        expected = (self.num_embeddings, self.embedding_dim)
+        if shape != expected:
+            raise ValueError(f"the state holds a table of shape {shape}, this module one of shape {expected}")
+
+    def __getstate__(self) -> dict[str, Any]:
+        """All but the codes: they come back with the table, which a file's table reopens by its path."""
+        buffers = {name: buffer for name, buffer in self._buffers.items() if name != "codes"}
+        return self.__dict__ | {"_buffers": buffers}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.register_buffer("codes", _as_tensor(self._table.codes).to(self._output.device))
+
+
+class Embedding(_TableModule):
+    """Compressed rows by their ids: takes the place of ``torch.nn.Embedding``.
+
+    Without a table it compresses what ``torch.nn.Embedding`` would start from: the weight that torch's generator draws,
+    or ``_weight``. Mostly one of the class methods :meth:`from_table` and :meth:`from_pretrained` is what you want.
+
+    Parameters
+    ----------
+    num_embeddings : int
+        Rows.
+    embedding_dim : int
+        Columns.
+    padding_idx : int, optional
+        A row that gets no gradient. It returns what the table holds, which for a row of zeros need not be zeros.
+    max_norm, norm_type, scale_grad_by_freq, sparse
+        Torch's arguments, refused unless at their defaults: rows share their codebooks, so that none can be scaled
+        or trained on its own.
+    _weight : tensor of shape (num_embeddings, embedding_dim), optional
+        What to compress.
+    _freeze : bool, optional
+        Torch's name for ``not trainable``.
+    device : optional
+        Where codes and decoder go.
+    dtype : torch.dtype, optional
+        Of the rows that ``forward`` returns; ``.half()`` and its kind change it. Decoding is done in float32. Text,
+        such as ``"int8"``, is no dtype of torch's: it is the parameter of ``method="scalar"``.
+    trainable : bool, default=False
+        Whether codebooks, scales and offsets are parameters (float32, in the units of the rows). Frozen, the module has
+        no parameters, and on the CPU the compiled core looks up.
+    **compression
+        As in ``vqrs.compress``: ``ratio=``, ``nbytes=``, ``max_error=``, ``method=`` and its parameters.
+
+    Attributes
+    ----------
+    weight : tensor of shape (n, d)
+        All rows, decoded at every read.
+    codes : uint8 tensor of shape (n, row_bytes)
+        The table's own memory, or the mapping of its file.
+    decoder : torch.nn.Module
+        Codebooks, scales and offsets.
+
+    Notes
+    -----
+    ``state_dict`` holds codes, decoder and how to read them; it loads into any module of the same shape, whatever its
+    kind. A trained state that is loaded into a frozen module is rounded as ``to_table`` does. The ``state_dict`` of
+    a ``torch.nn.Embedding`` is compressed as the module's own weight was, which takes as long as it did. Row names and
+    metadata are not part of a state. Copies and pickles of a module whose table is a file reopen that file.
+
+    Examples
+    --------
+    >>> import torch, vqrs.torch
+    >>> embedding = vqrs.torch.Embedding(500, 16, method="product", n_subvectors=4, n_bits=4, trainable=True)
+    >>> rows = embedding(torch.tensor([[1, 2], [3, 499]]))
+    >>> rows.shape
+    torch.Size([2, 2, 16])
+    >>> rows.sum().backward()
+    >>> embedding.decoder.codebooks_0.grad.shape
+    torch.Size([4, 16, 4])
+    """
+
+    _TAKEN_OVER = ("padding_idx", "max_norm")
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        padding_idx: int | None = None,
+        max_norm: float | None = None,
+        norm_type: float = 2.0,
+        scale_grad_by_freq: bool = False,
+        sparse: bool = False,
+        _weight: Tensor | None = None,
+        _freeze: bool | None = None,
+        device: Any = None,
+        dtype: torch.dtype | str | None = None,
+        *,
+        trainable: bool = False,
+        _table: vqrs.Table | None = None,
+        **compression: Any,
+    ) -> None:
+        _refuse_unsupported(max_norm, scale_grad_by_freq, sparse)
+        super().__init__(
+            (num_embeddings, embedding_dim),
+            _table,
+            _weight,
+            compression,
+            padding_idx=padding_idx,
+            trainable=_trainable(trainable, _freeze),
+            device=device,
+            dtype=dtype,
+        )
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Look rows up.
+
+        Parameters
+        ----------
+        input : int32 or int64 tensor of any shape
+            Ids, from 0 to ``num_embeddings - 1``.
+
+        Returns
+        -------
+        Tensor of shape (*input.shape, embedding_dim) and dtype ``self.dtype``
+
+        Raises
+        ------
+        IndexError
+            If an id is negative or beyond the last row. On other devices it is torch that finds out.
+        TypeError
+            If ids are neither int32 nor int64.
+        """
+        self._check_ids(input)
+        ids = input.reshape(-1)
+        if self._kernel_serves(ids):
+            rows = self._from_kernel(len(ids), lambda out: self._table._core.lookup(ids.contiguous().numpy(), out))
+        else:
+            rows = self._gather(ids).to(self.dtype)
+        return rows.reshape(*input.shape, self.embedding_dim)
+
+
+class EmbeddingBag(_TableModule):
+    """Sums, means or maxima of bags of compressed rows: takes the place of ``torch.nn.EmbeddingBag``.
+
+    Parameters are those of :class:`Embedding`, in the order of torch's own, and:
+
+    Parameters
+    ----------
+    mode : {"mean", "sum", "max"}, default="mean"
+        What is made of the rows of a bag.
+    include_last_offset : bool, default=False
+        Whether ``offsets`` has one more entry, the end of the last bag.
+    padding_idx : int, optional
+        An id that bags leave out.
+
+    Examples
+    --------
+    >>> import torch, vqrs.torch
+    >>> bag = vqrs.torch.EmbeddingBag.from_pretrained(torch.eye(4), method="scalar", dtype="float16", mode="sum")
+    >>> bag(torch.tensor([0, 1, 3]), torch.tensor([0, 2]))
+    tensor([[1., 1., 0., 0.],
+            [0., 0., 0., 1.]])
+    """
+
+    _TAKEN_OVER = ("padding_idx", "max_norm", "mode", "include_last_offset")
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        max_norm: float | None = None,
+        norm_type: float = 2.0,
+        scale_grad_by_freq: bool = False,
+        mode: Literal["sum", "mean", "max"] = "mean",
+        sparse: bool = False,
+        _weight: Tensor | None = None,
+        include_last_offset: bool = False,
+        padding_idx: int | None = None,
+        device: Any = None,
+        dtype: torch.dtype | str | None = None,
+        *,
+        trainable: bool = False,
+        _table: vqrs.Table | None = None,
+        **compression: Any,
+    ) -> None:
+        _refuse_unsupported(max_norm, scale_grad_by_freq, sparse)
+        if mode not in ("sum", "mean", "max"):
+            raise ValueError(f"mode={mode!r} is not allowed: must be 'sum', 'mean' or 'max'")
+        super().__init__(
+            (num_embeddings, embedding_dim),
+            _table,
+            _weight,
+            compression,
+            padding_idx=padding_idx,
+            trainable=trainable,
+            device=device,
+            dtype=dtype,
+        )
+        self.mode = mode
+        self.include_last_offset = include_last_offset
+
+    def forward(self, input: Tensor, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None) -> Tensor:
+        """Pool rows.
+
+        Parameters
+        ----------
+        input : int32 or int64 tensor of shape (n_bags, n_ids_of_a_bag) or (n_ids,)
+            Ids. Two-dimensional: each row is a bag.
+        offsets : integer tensor of shape (n_bags,), or (n_bags + 1,) with ``include_last_offset``
+            Where each bag begins in one-dimensional ids: from 0, never falling.
+        per_sample_weights : float tensor of the shape of input, optional
+            Factor of each row; of ``mode="sum"`` alone. It gets a gradient where it requires one.
+
+        Returns
+        -------
+        Tensor of shape (n_bags, embedding_dim) and dtype ``self.dtype``; zeros for an empty bag
+
+        Raises
+        ------
+        IndexError
+            If an id is negative or beyond the last row.
+        ValueError
+            If offsets or weights do not fit the ids.
+        TypeError
+            If ids are neither int32 nor int64.
+        """
+        self._check_ids(input)
+        offsets = self._bag_offsets(input, offsets)
+        ids, weights = input.reshape(-1), self._flat_weights(input, per_sample_weights)
+        needs_gradient = weights is not None and weights.requires_grad and torch.is_grad_enabled()
+        if self._kernel_serves(ids) and not needs_gradient:
+            return self._kernel_pool(ids, offsets, weights)
+        return self._gather_pool(ids, offsets, weights).to(self.dtype)
+
+    def _bag_offsets(self, ids: Tensor, offsets: Tensor | None) -> Tensor:
+        if ids.dim() == 2:
+            if offsets is not None:
+                raise ValueError(
+                    "offsets cannot be given with two-dimensional ids: each of their rows is a bag already"
+                )
+            return torch.arange(len(ids) + self.include_last_offset, device=ids.device) * ids.shape[1]
+        if ids.dim() != 1:
+            raise ValueError(f"ids of bags must have one or two dimensions, not {ids.dim()}")
+        if offsets is None or offsets.dim() != 1:
+            raise ValueError("one-dimensional ids need one-dimensional offsets, which say where each bag begins")
+        return offsets.long()
+
+    def _flat_weights(self, ids: Tensor, weights: Tensor | None) -> Tensor | None:
+        if weights is None:
+            return None
+        if self.mode != "sum":
+            raise ValueError(f"per_sample_weights need mode='sum', this module has mode={self.mode!r}")
+        if weights.shape != ids.shape:
+            raise ValueError(f"per_sample_weights have shape {tuple(weights.shape)}, the ids {tuple(ids.shape)}")
+        return weights.reshape(-1)
+
+    def _kernel_pool(self, ids: Tensor, offsets: Tensor, weights: Tensor | None) -> Tensor:
+        """Bags by the compiled core."""
+        if self.include_last_offset:
+            offsets, end = _split_end(offsets, len(ids))
+            ids, weights = ids[:end], None if weights is None else weights[:end]
+        if self.padding_idx is not None:
+            kept = ids != self.padding_idx
+            offsets = F.pad(kept.cumsum(0), (1, 0))[offsets]
+            ids, weights = ids[kept], None if weights is None else weights[kept]
+        factors = None if weights is None else weights.detach().float().contiguous().numpy()
+        arrays = ids.contiguous().numpy(), offsets.contiguous().numpy(), factors
+        return self._from_kernel(len(offsets), lambda out: self._table._core.pool(*arrays, self.mode, out))
+
+    def _gather_pool(self, ids: Tensor, offsets: Tensor, weights: Tensor | None) -> Tensor:
+        """Bags by torch's own operators: its embedding bag over the decoded rows, each of which is used once."""
+        rows = self._gather(ids)
+        places = torch.arange(len(ids), device=ids.device)
+        padding = None
+        if self.padding_idx is not None:  # one row of zeros in front stands for all padding
+            rows, padding = F.pad(rows, (0, 0, 1, 0)), 0
+            places = torch.where(ids == self.padding_idx, 0, places + 1)
+        return F.embedding_bag(
+            places,
+            rows,
+            offsets,
+            mode=self.mode,
+            per_sample_weights=None if weights is None else weights.to(rows.dtype),
+            include_last_offset=self.include_last_offset,
+            padding_idx=padding,
+        )
+
+    def extra_repr(self) -> str:
+        """Rows, columns, mode, kind, bytes and ratio: what printing the module shows."""
+        return f"{super().extra_repr()}, mode={self.mode!r}"
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Whether a tensor's values can be looked at here and now: on the CPU, not traced, not a stand-in."""
+    tracing = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    return not tracing and type(tensor) is Tensor and tensor.is_cpu
+
+
+def _split_end(offsets: Tensor, n_ids: int) -> tuple[Tensor, int]:
+    """Offsets without the last one, and that one: the end of the last bag."""
+    end = int(offsets[-1]) if len(offsets) else -1
+    if not 0 <= end <= n_ids:
+        raise ValueError(f"with include_last_offset the last offset must lie between 0 and {n_ids}, the number of ids")
+    return offsets[:-1], end
+
+
+def _compress(weight: Tensor, compression: Mapping[str, Any]) -> vqrs.Table:
+    if not weight.is_floating_point():
+        raise TypeError(f"a weight must be of a float dtype, not {weight.dtype}")
+    return vqrs.compress(weight.detach().cpu(), **compression)
+
+
+def _trainable(trainable: bool, freeze: bool | None) -> bool:
+    if trainable and freeze:
+        raise ValueError("freeze=True and trainable=True contradict each other: give one of them")
+    return trainable if freeze is None else not freeze
+
+
+def _padding_row(padding_idx: int | None, n_rows: int) -> int | None:
+    if padding_idx is None:
+        return None
+    if not -n_rows <= padding_idx < n_rows:
+        raise ValueError(f"padding_idx={padding_idx} is not allowed: the table has {n_rows} rows")
+    return padding_idx % n_rows
+
+
+def _refuse_unsupported(max_norm: float | None, scale_grad_by_freq: bool, sparse: bool) -> None:
+    if max_norm is not None:
+        raise ValueError(
+            f"max_norm={max_norm} is not supported, rows share their codebooks: scale the weight, then compress it"
+        )
+    if scale_grad_by_freq:
+        raise ValueError("scale_grad_by_freq=True is not supported: weight the loss of each sample instead")
+    if sparse:
+        raise ValueError("sparse=True is not supported: gradients go to small codebooks and are dense; leave it out")
+
+
+def _as_tensor(array: NDArray[Any]) -> Tensor:
+    """The same memory as a tensor; numpy has no bfloat16, which stands as uint16 there."""
+    if array.dtype == np.uint16:
+        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(array)
+
+
+def _as_arrays(tensors: Mapping[str, Tensor]) -> dict[str, NDArray[Any]]:
+    """Arrays as the compiled core takes them: the reverse of ``_as_tensor``."""
+    return {
+        name: tensor.view(torch.int16).numpy().view(np.uint16) if tensor.dtype == torch.bfloat16 else tensor.numpy()
+        for name, tensor in tensors.items()
+    }

@@ -1,0 +1,322 @@
+"""One small module per decoder form: how torch reads the codes of a table.
+
+A module gets the description and the tensors of a decoder and knows nothing of the kind that learned them: a new kind
+never touches this file. Frozen, it holds the tensors as the table stores them; trainable, it holds their real values as
+float32 parameters. Its gathers are plain torch, on any device, and give the values of the compiled core:
+``float32(scale * entry)`` added in the order of the books, and ``level * scale + offset``.
+"""
+
+from __future__ import annotations
+
+import functools
+from abc import abstractmethod
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+__all__ = ["BooksDecoder", "Decoder", "LevelsDecoder", "decoder_from_parts", "unpack_bits"]
+
+Tensors = Mapping[str, Tensor]
+
+
+def unpack_bits(codes: Tensor, bits: int, n_fields: int) -> Tensor:
+    """Unsigned integers of a fixed width out of bytes, least significant bit first.
+
+    Parameters
+    ----------
+    codes : uint8 tensor of shape (n_rows, n_bytes)
+    bits : int
+        Width of a field.
+    n_fields : int
+        Fields to read of each row.
+
+    Returns
+    -------
+    int64 tensor of shape (n_rows, n_fields)
+
+    Examples
+    --------
+    >>> unpack_bits(torch.tensor([[33, 3]], dtype=torch.uint8), bits=4, n_fields=3)
+    tensor([[1, 2, 3]])
+    """
+    if bits == 8:
+        return codes[:, :n_fields].long()
+    first_bit = torch.arange(n_fields, device=codes.device) * bits
+    first_byte, shift = first_bit // 8, first_bit % 8
+    # A field starts at any bit of its first byte, unless the width divides the byte.
+    n_bytes = 1 if 8 % bits == 0 else (bits + 14) // 8
+    # Behind the last byte of a row stand no bits of a field: any byte does there.
+    window = codes[:, first_byte].long()
+    for byte in range(1, n_bytes):
+        window = window | codes[:, (first_byte + byte).clamp(max=codes.shape[1] - 1)].long() << (8 * byte)
+    return (window >> shift) & ((1 << bits) - 1)
+
+
+class Decoder(nn.Module):
+    """What the forms share: tensors held as buffers (frozen) or as parameters (trainable).
+
+    Parameters
+    ----------
+    description : mapping
+        The decoder's description, as in ``Table.info()["decoder"]``.
+    tensors : mapping of str to Tensor
+        Frozen: the stored tensors. Trainable: what :meth:`real_values` gives of them.
+    trainable : bool
+    """
+
+    def __init__(self, description: Mapping[str, Any], tensors: Tensors, trainable: bool) -> None:
+        super().__init__()
+        self.dim: int = description["dim"]
+        self.trainable = trainable
+        for name, tensor in tensors.items():
+            if trainable:
+                self.register_parameter(name, nn.Parameter(tensor))
+            else:
+                self.register_buffer(name, tensor)
+
+    @staticmethod
+    @abstractmethod
+    def real_values(description: Mapping[str, Any], stored: Tensors, codes: Tensor) -> dict[str, Tensor]:
+        """The trainable values, float32, from the stored tensors and, where scales live in the rows, the codes."""
+
+    @abstractmethod
+    def stored_values(self, codes: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        """Tensors (by name, units and dtype as a table stores them) and codes that hold the present values."""
+
+    @abstractmethod
+    def forward(self, codes: Tensor, ids: Tensor) -> Tensor:
+        """Decode rows.
+
+        Parameters
+        ----------
+        codes : uint8 tensor of shape (n, row_bytes)
+        ids : integer tensor of shape (n,)
+            The rows that the codes stand for: a trainable scale per row is found by its id.
+
+        Returns
+        -------
+        Tensor of shape (n, dim): float32, or the dtype of the parameters
+        """
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Decoder:
+        """Devices are followed; ``.half()`` and its kind change parameters, but not what a table stores."""
+        if self.trainable:
+            return super()._apply(fn, recurse)
+        return super()._apply(lambda tensor: fn(tensor.view(torch.uint8)).view(tensor.dtype), recurse)
+
+    def _load_from_state_dict(self, *_: Any) -> None:
+        """Nothing: the embedding loads its decoder together with the codes."""
+
+
+class BooksDecoder(Decoder):
+    """A row is a sum of codebook entries, each placed at its columns.
+
+    The tensors are ``codebooks_0``, ``codebooks_1``, …: one per group of books of equal width, of shape
+    (n_books, 2**bits, width).
+    """
+
+    def __init__(self, description: Mapping[str, Any], tensors: Tensors, trainable: bool) -> None:
+        super().__init__(description, tensors, trainable)
+        self.bits: int = description["bits"]
+        self.stored_scale: float = description["scale"]
+        self.stored_dtype: torch.dtype = getattr(torch, description["dtype"])
+        self.runs = [_runs(group["starts"], group["width"]) for group in description["groups"]]
+        self.n_books = sum(len(group["starts"]) for group in description["groups"])
+
+    @staticmethod
+    def real_values(description: Mapping[str, Any], stored: Tensors, codes: Tensor) -> dict[str, Tensor]:
+        """Codebooks with the scale applied."""
+        return {name: book.float() * description["scale"] for name, book in stored.items()}
+
+    def stored_values(self, codes: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        """Codebooks with the scale taken out, and the codes as they are."""
+        books = [getattr(self, f"codebooks_{group}").detach() for group in range(len(self.runs))]
+        if self.trainable:
+            books = [(book / self.stored_scale).to(self.stored_dtype) for book in books]
+            _refuse_unstorable(*books)
+        return {f"codebooks.{group}": book for group, book in enumerate(books)}, codes
+
+    def forward(self, codes: Tensor, ids: Tensor) -> Tensor:
+        """Decode rows; see :meth:`Decoder.forward`."""
+        fields = unpack_bits(codes, self.bits, self.n_books)
+        pieces = []
+        for group, runs in enumerate(self.runs):
+            books = getattr(self, f"codebooks_{group}")
+            n_books, n_entries, width = books.shape
+            first_entry = torch.arange(n_books, device=codes.device) * n_entries
+            entries = F.embedding(fields[:, :n_books] + first_entry, books.flatten(0, 1))
+            fields = fields[:, n_books:]
+            if not self.trainable:
+                entries = entries.float() * self.stored_scale
+            for first, count, start in runs:
+                piece = entries[:, first : first + count].flatten(1)
+                rest = self.dim - start - count * width
+                pieces.append(F.pad(piece, (start, rest)) if start or rest else piece)
+        return functools.reduce(torch.add, pieces)
+
+
+class LevelsDecoder(Decoder):
+    """A value is a small integer times a scale plus an offset, or a float of 16 bits as it is.
+
+    The tensors are ``scale`` and ``offset``: of shape (dim,) by column. By row and block they live in the rows, as
+    float16; trainable ones are lifted out of them, of shape (n_rows, n_blocks). A symmetric decoder trains its scale
+    alone.
+    """
+
+    FLOATS: ClassVar = {"float16": torch.float16, "bfloat16": torch.bfloat16}
+    BITS: ClassVar = {"int8": 8, "int4": 4, "int2": 2}
+
+    def __init__(self, description: Mapping[str, Any], tensors: Tensors, trainable: bool) -> None:
+        super().__init__(description, tensors, trainable)
+        self.description = dict(description)
+
+    @staticmethod
+    def real_values(description: Mapping[str, Any], stored: Tensors, codes: Tensor) -> dict[str, Tensor]:
+        """Scales and offsets: by column as stored, by row and block read from the rows."""
+        if description["dtype"] in LevelsDecoder.FLOATS:
+            raise ValueError(
+                f"a {description['dtype']} table has no codebooks or scales to train: use a method that has "
+                "(method='product'), or train a torch.nn.Embedding"
+            )
+        if description["granularity"] == "column":
+            scale, offset = stored["scale"].clone(), stored["offset"].clone()
+        else:
+            scale, offset = _scales_of_rows(description, codes)
+        return {"scale": scale} if description["symmetric"] else {"scale": scale, "offset": offset}
+
+    def stored_values(self, codes: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        """By column, the scales and offsets; by row and block, codes with the present ones in the rows."""
+        if not self.trainable:
+            return dict(self.named_buffers()), codes
+        scale = self.scale.detach().float()
+        offset = self._symmetric_offset(scale) if self.description["symmetric"] else self.offset.detach().float()
+        if self.description["granularity"] == "column":
+            _refuse_unstorable(scale, offset)
+            return {"scale": scale, "offset": offset}, codes
+        return {}, _rows_with_scales(self.description, codes, scale, offset)
+
+    def forward(self, codes: Tensor, ids: Tensor) -> Tensor:
+        """Decode rows; see :meth:`Decoder.forward`."""
+        if self.description["dtype"] in self.FLOATS:
+            return codes.contiguous().view(self.FLOATS[self.description["dtype"]]).float()
+        scale, offset = self._scales(codes, ids)
+        levels = unpack_bits(codes, self.BITS[self.description["dtype"]], self.dim).to(scale.dtype)
+        # The product is exact for scales of float16, so that this is the one rounding of a fused multiply-add.
+        return torch.addcmul(offset, levels, scale)
+
+    def _scales(self, codes: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Scale and offset of every value: of shapes that broadcast to (n, dim)."""
+        if self.description["granularity"] == "column":
+            scale = self.scale
+            offset = self._symmetric_offset(scale) if self.description["symmetric"] else self.offset
+            return scale, offset
+        if not self.trainable:
+            scale, offset = _scales_of_rows(self.description, codes)
+        else:
+            scale = F.embedding(ids, self.scale)
+            symmetric = self.description["symmetric"]
+            offset = self._symmetric_offset(scale) if symmetric else F.embedding(ids, self.offset)
+        if self.description["granularity"] == "row":
+            return scale, offset
+        size = self.description["block_size"]
+        return tuple(value.repeat_interleave(size, 1)[:, : self.dim] for value in (scale, offset))
+
+    def _symmetric_offset(self, scale: Tensor) -> Tensor:
+        return -scale * 2 ** (self.BITS[self.description["dtype"]] - 1)
+
+
+FORMS: dict[str, type[Decoder]] = {"books": BooksDecoder, "levels": LevelsDecoder}
+
+
+def decoder_from_parts(
+    description: Mapping[str, Any], tensors: Tensors, codes: Tensor, trainable: bool = False
+) -> Decoder:
+    """The module of a decoder's form.
+
+    Parameters
+    ----------
+    description : mapping
+        The decoder's description, as in ``Table.info()["decoder"]``.
+    tensors : mapping of str to Tensor
+        The decoder's tensors as stored.
+    codes : uint8 tensor of shape (n_rows, row_bytes)
+        All rows of the table. Only trainable scales that live in the rows are read from it.
+    trainable : bool, default=False
+        Whether the tensors become parameters: float32, in the units of the rows.
+
+    Returns
+    -------
+    Decoder
+
+    Raises
+    ------
+    ValueError
+        If torch has no module of this form, or the form has nothing to train.
+
+    Examples
+    --------
+    >>> description = {"form": "books", "dim": 2, "bits": 1, "scale": 0.5, "dtype": "float32",
+    ...                "groups": [{"width": 1, "starts": [0, 1]}]}
+    >>> books = {"codebooks.0": torch.tensor([[[2.0], [4.0]], [[6.0], [8.0]]])}
+    >>> codes = torch.tensor([[0b00], [0b01], [0b10]], dtype=torch.uint8)
+    >>> decoder_from_parts(description, books, codes)(codes, torch.arange(3))
+    tensor([[1., 3.],
+            [2., 3.],
+            [1., 4.]])
+    """
+    form = FORMS.get(description["form"])
+    if form is None:
+        raise ValueError(f"torch cannot read the decoder form {description['form']!r}: it knows {sorted(FORMS)}")
+    held = {name.replace(".", "_"): tensor for name, tensor in tensors.items()}  # torch allows no dots in names
+    if trainable:
+        held = form.real_values(description, held, codes)
+    return form(description, held, trainable)
+
+
+def _runs(starts: list[int], width: int) -> list[tuple[int, int, int]]:
+    """(first book, number of books, first column) of each stretch of books that lie side by side."""
+    runs: list[tuple[int, int, int]] = []
+    for book, start in enumerate(starts):
+        first, count, column = runs[-1] if runs else (0, 0, -1)
+        if runs and start == column + count * width:
+            runs[-1] = (first, count + 1, column)
+        else:
+            runs.append((book, 1, start))
+    return runs
+
+
+def _level_bytes(description: Mapping[str, Any]) -> int:
+    """Bytes of a row's levels: its scales stand behind them."""
+    return (description["dim"] * LevelsDecoder.BITS[description["dtype"]] + 7) // 8
+
+
+def _scales_of_rows(description: Mapping[str, Any], codes: Tensor) -> tuple[Tensor, Tensor]:
+    """Scale and offset of each block, float32 (n_rows, n_blocks), from behind the levels of the rows."""
+    # The clone starts at an even address, which a slice of bytes need not.
+    halves = codes[:, _level_bytes(description) :].clone(memory_format=torch.contiguous_format).view(torch.float16)
+    if description["symmetric"]:
+        scale = halves.float() * description["scale_factor"]
+        return scale, -scale * 2 ** (LevelsDecoder.BITS[description["dtype"]] - 1)
+    pairs = halves.float()
+    return pairs[:, 0::2] * description["scale_factor"], pairs[:, 1::2] * description["offset_factor"]
+
+
+def _rows_with_scales(description: Mapping[str, Any], codes: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
+    """Codes whose rows end in the given scales (and offsets), rounded to float16."""
+    halves = (scale / description["scale_factor"]).half()
+    if not description["symmetric"]:
+        halves = torch.stack([halves, (offset / description["offset_factor"]).half()], -1).flatten(1)
+    _refuse_unstorable(halves)
+    return torch.cat([codes[:, : _level_bytes(description)], halves.contiguous().view(torch.uint8)], 1)
+
+
+def _refuse_unstorable(*stored: Tensor) -> None:
+    """Trained values that became infinite or NaN, or do so when they are rounded to what a table stores."""
+    if not all(bool(values.isfinite().all()) for values in stored):
+        raise ValueError(
+            "a trained value is not finite, or has left the range that the table can store: lower the learning rate, "
+            "or make a new table with from_pretrained(module.weight, …)"
+        )
