@@ -1,0 +1,70 @@
+"""Small, fast embedding tables.
+
+>>> import numpy as np, vqrs
+>>> x = np.random.default_rng(0).standard_normal((5000, 32)).astype(np.float32)
+>>> table = vqrs.compress(x, ratio=8, random_state=0)
+>>> table[[3, 1, 4]].shape
+(3, 32)
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from vqrs._compress import compress, estimate
+from vqrs._core import (
+    InternalError,
+    TableCorruptError,
+    TableError,
+    TableVersionError,
+    __version__,
+    hardware,
+    kinds,
+)
+from vqrs.table import Table, open
+
+if TYPE_CHECKING:
+    from vqrs.cluster import KMeans
+    from vqrs.quantizers import ProductQuantizer, ResidualQuantizer, ScalarQuantizer, VectorQuantizer
+
+_LAZY = {
+    "KMeans": "cluster",
+    "ProductQuantizer": "quantizers",
+    "ResidualQuantizer": "quantizers",
+    "ScalarQuantizer": "quantizers",
+    "VectorQuantizer": "quantizers",
+}
+"""Names whose modules need scikit-learn: imported when they are first used, so that the rest needs numpy alone."""
+
+__all__ = [
+    "InternalError",
+    "KMeans",
+    "ProductQuantizer",
+    "ResidualQuantizer",
+    "ScalarQuantizer",
+    "Table",
+    "TableCorruptError",
+    "TableError",
+    "TableVersionError",
+    "VectorQuantizer",
+    "__version__",
+    "compress",
+    "estimate",
+    "hardware",
+    "kinds",
+    "open",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    value = getattr(import_module(f"{__name__}.{_LAZY[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,537 @@
+"""The compressed table: looked up like an array, kept as one file."""
+
+from __future__ import annotations
+
+import html
+import json
+import operator
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import ArrayLike, DTypeLike, NDArray
+
+from vqrs import _core
+from vqrs._bytes import format_bytes
+from vqrs._validation import as_array, as_jobs, as_matrix
+
+__all__ = ["Table", "open"]
+
+Metric = Literal["inner_product", "l2", "cosine"]
+PoolMode = Literal["sum", "mean", "max"]
+
+_ITERATION_ROWS = 1024
+"""Rows that iteration decodes at a time."""
+
+
+def open(
+    path: str | os.PathLike[str],
+    verify: Literal["header", "lazy", "full"] = "header",
+    mode: Literal["mmap", "read"] = "mmap",
+) -> Table:
+    """Open a table file.
+
+    Parameters
+    ----------
+    path : path-like
+        A file that ``Table.save`` or ``compress`` wrote.
+    verify : {"header", "lazy", "full"}, default="header"
+        What is compared with its checksum: the header and the decoder's tensors, also each block of codes when it is
+        first touched, or the whole file at once.
+    mode : {"mmap", "read"}, default="mmap"
+        Map the file, so that only what is looked up is read and processes share its pages; or read it into memory.
+
+    Returns
+    -------
+    Table
+        The table. Nothing writes to the file: what is written to ``codes`` stays in this process.
+
+    Raises
+    ------
+    FileNotFoundError, PermissionError, OSError
+        The file cannot be read.
+    TableCorruptError
+        It is no table, or it is damaged; the message says where.
+    TableVersionError
+        It needs a newer vqrs; the message names the feature.
+
+    Examples
+    --------
+    >>> import numpy as np, os, tempfile, vqrs
+    >>> path = os.path.join(tempfile.mkdtemp(), "rows.safetensors")
+    >>> n_bytes = vqrs.compress(np.eye(4), method="scalar").save(path)
+    >>> with vqrs.open(path) as table:
+    ...     print(table.shape, n_bytes == os.path.getsize(path))
+    (4, 4) True
+    """
+    return Table(_core.Table.open(os.fsdecode(path), verify, mode))
+
+
+class Table:
+    """Rows of float32, held as codes and decoded when they are read.
+
+    Made by :func:`vqrs.compress`, a quantizer's ``compress`` or :func:`vqrs.open`. It indexes like a numpy array by its
+    rows, converts to one with ``numpy.asarray``, and may be read from many threads at once.
+
+    Parameters
+    ----------
+    core : _core.Table
+        The compiled table.
+
+    Examples
+    --------
+    >>> import numpy as np, vqrs
+    >>> x = np.array([[0, 1, 2], [3, 4, 5], [6, 7, 8]], dtype=np.float32)
+    >>> table = vqrs.compress(x, method="scalar", dtype="float16", names=["a", "b", "c"])
+    >>> table[1]
+    array([3., 4., 5.], dtype=float32)
+    >>> table[[2, -3]].shape, table[::2].shape, table["c"]
+    ((2, 3), (2, 3), array([6., 7., 8.], dtype=float32))
+    >>> table.pool([0, 1, 2], offsets=[0, 2])
+    array([[3., 5., 7.],
+           [6., 7., 8.]], dtype=float32)
+    """
+
+    dtype = np.dtype(np.float32)
+    """What rows are decoded to."""
+
+    ndim = 2
+    """A table has rows and columns."""
+
+    def __init__(self, core: _core.Table) -> None:
+        self._core = core
+
+    # ---- what it is ------------------------------------------------------------------------------------------------
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and columns."""
+        return self._core.n_rows, self._core.dim
+
+    @property
+    def size(self) -> int:
+        """Number of values."""
+        return self._core.n_rows * self._core.dim
+
+    def __len__(self) -> int:
+        return self._core.n_rows
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the table's file, written or not: codes, codebooks, names, checksums, padding."""
+        return self._core.nbytes
+
+    @property
+    def ratio(self) -> float:
+        """Bytes of the rows in float32 over ``nbytes``."""
+        return 4 * self.size / self.nbytes
+
+    @property
+    def kind(self) -> str:
+        """The quantizer that made it, for example ``"product"``; see :func:`vqrs.kinds`."""
+        return self._core.kind
+
+    @property
+    def parameters(self) -> dict[str, Any]:
+        """Parameters of the quantizer that made it."""
+        return json.loads(self._core.info())["parameters"]
+
+    @property
+    def relative_error(self) -> float:
+        """Squared error over squared norm of the rows that were compressed; NaN where it is not known."""
+        return self._core.relative_error
+
+    @property
+    def path(self) -> str | None:
+        """The file that it was opened from, or None."""
+        return self._core.path
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        """What the user keeps with the table."""
+        return self._core.metadata
+
+    @property
+    def names(self) -> list[str] | None:
+        """One name a row, or None. A new list at each call."""
+        return self._core.names()
+
+    @property
+    def codes(self) -> NDArray[np.uint8]:
+        """Codes as stored, uint8 of shape (n_rows, row_bytes), without a copy."""
+        return self._core.codes()
+
+    def info(self) -> dict[str, Any]:
+        """Everything that is known about the table, ready for JSON.
+
+        Returns
+        -------
+        dict
+            What the file's header says (kind, form, parameters, tensors, versions), ``path``, ``nbytes``,
+            ``float32_nbytes``, ``ratio``, ``bits_per_value`` (all bytes counted), and ``errors``: ``relative`` (squared
+            error over squared norm), ``centred`` (the same after removing the mean row), ``weighted`` if the rows had
+            weights, and ``gaussian_bound``, the least relative error of any code of as many bits on Gaussian rows of
+            the same covariance.
+        """
+        return json.loads(self._core.info()) | {
+            "path": self.path,
+            "nbytes": self.nbytes,
+            "float32_nbytes": 4 * self.size,
+            "ratio": self.ratio,
+            "bits_per_value": 8 * self.nbytes / self.size,
+        }
+
+    def __repr__(self) -> str:
+        if self._core.closed:
+            return "Table(closed)"
+        return f"Table({', '.join(f'{name}={value}' for name, value in self._summary().items())})"
+
+    def _repr_html_(self) -> str:
+        if self._core.closed:
+            return "<i>closed table</i>"
+        rows = "".join(
+            f"<tr><th style='text-align:left'>{html.escape(name.replace('_', ' '))}</th>"
+            f"<td style='text-align:left'>{html.escape(value)}</td></tr>"
+            for name, value in self._summary().items()
+        )
+        return f"<table><caption>vqrs table</caption>{rows}</table>"
+
+    def _summary(self) -> dict[str, str]:
+        summary = {
+            "shape": str(self.shape),
+            "kind": self.kind,
+            "bytes": f"{format_bytes(4 * self.size)} -> {format_bytes(self.nbytes)}",
+            "ratio": f"{self.ratio:.2f}",
+            "relative_error": f"{self.relative_error:.4g}",
+        }
+        return summary if self.path is None else summary | {"path": self.path}
+
+    # ---- reading ---------------------------------------------------------------------------------------------------
+
+    def __getitem__(self, rows: Any) -> NDArray[np.float32]:
+        """Rows by number, slice, boolean mask, array of numbers of any shape, name or list of names.
+
+        Raises
+        ------
+        IndexError
+            A row that is not there, more than one index, or an index of another type.
+        KeyError
+            A name that no row has.
+        """
+        if isinstance(rows, slice):
+            return self._rows_of_slice(rows)
+        if rows is Ellipsis:
+            return self.decode()
+        if isinstance(rows, tuple):
+            raise IndexError(
+                f"a table is indexed by its rows alone, not by {len(rows)} indices: use table[rows][:, columns]"
+            )
+        if rows is None:
+            raise IndexError("a table cannot be indexed by None: use table[...][None] for another axis")
+        return self.lookup(rows)
+
+    def _rows_of_slice(self, rows: slice) -> NDArray[np.float32]:
+        start, stop, step = rows.indices(len(self))
+        if step == 1:
+            return self._core.decode(start, max(start, stop))
+        return self._core.lookup(np.arange(start, stop, step, dtype=np.int64))
+
+    def lookup(
+        self, ids: Any, out: NDArray[np.float32] | None = None, n_jobs: int | None = None
+    ) -> NDArray[np.float32]:
+        """Decode rows.
+
+        Parameters
+        ----------
+        ids : int, str, or array-like of either
+            Row numbers of any shape and integer type, or a boolean mask of shape (n_rows,), or names. Negative numbers
+            count from the end. numpy arrays, lists, torch CPU tensors.
+        out : ndarray of shape (*ids.shape, n_features), float32, C-contiguous, optional
+            Where the rows are written, so that nothing is allocated.
+        n_jobs : int or None, default=None
+            Threads; None takes all that the process may use. Small lookups use one.
+
+        Returns
+        -------
+        ndarray of shape (*ids.shape, n_features), float32
+            The rows; ``out`` where it was given.
+
+        Raises
+        ------
+        IndexError
+            A row that is not there; ids that are not integers.
+        KeyError
+            A name that no row has.
+        TypeError, ValueError
+            ``out`` has another dtype, shape or layout.
+        """
+        numbers = self._row_numbers(ids)
+        flat = numbers.reshape(-1)
+        if out is None:
+            return self._core.lookup(flat, n_jobs=as_jobs(n_jobs)).reshape(*numbers.shape, -1)
+        self._core.lookup(flat, _flat_output(out, (*numbers.shape, self._core.dim)), as_jobs(n_jobs))
+        return out
+
+    def decode(
+        self, start: int = 0, stop: int | None = None, out: NDArray[np.float32] | None = None, n_jobs: int | None = None
+    ) -> NDArray[np.float32]:
+        """Decode the rows from ``start`` up to ``stop``, all by default.
+
+        Parameters
+        ----------
+        start, stop : int
+            As in a slice.
+        out : ndarray of shape (stop - start, n_features), float32, C-contiguous, optional
+            Where the rows are written.
+        n_jobs : int or None, default=None
+            Threads; None takes all that the process may use.
+
+        Returns
+        -------
+        ndarray of shape (stop - start, n_features), float32
+            The rows; ``out`` where it was given.
+        """
+        start, stop, _ = slice(start, stop).indices(len(self))
+        stop = max(start, stop)
+        if out is None:
+            return self._core.decode(start, stop, n_jobs=as_jobs(n_jobs))
+        self._core.decode(start, stop, _flat_output(out, (stop - start, self._core.dim)), as_jobs(n_jobs))
+        return out
+
+    def to_numpy(self) -> NDArray[np.float32]:
+        """All rows, float32 of shape (n_rows, n_features)."""
+        return self.decode()
+
+    def __array__(self, dtype: DTypeLike | None = None, copy: bool | None = None) -> NDArray[Any]:
+        if copy is False:
+            raise ValueError("a table is decoded into a new array: copy=False cannot be granted")
+        decoded = self.decode()
+        return decoded if dtype is None else decoded.astype(dtype, copy=False)
+
+    def __iter__(self) -> Iterator[NDArray[np.float32]]:
+        for start in range(0, len(self), _ITERATION_ROWS):
+            yield from self.decode(start, start + _ITERATION_ROWS)
+
+    def pool(
+        self,
+        ids: Any,
+        offsets: ArrayLike | None = None,
+        weights: ArrayLike | None = None,
+        mode: PoolMode = "sum",
+        out: NDArray[np.float32] | None = None,
+        *,
+        include_last_offset: bool = False,
+        n_jobs: int | None = None,
+    ) -> NDArray[np.float32]:
+        """Sum, mean or maximum of the rows of each bag, in one pass.
+
+        Parameters
+        ----------
+        ids : array-like of shape (n_ids,) or (n_bags, n_ids_of_a_bag)
+            Row numbers or names, as in ``lookup``. Two-dimensional: each row is a bag.
+        offsets : array-like of shape (n_bags,), optional
+            Where each bag begins in one-dimensional ``ids``: from 0, never falling. None: all ids are one bag.
+        weights : array-like of the shape of ids, optional
+            Factor of each row.
+        mode : {"sum", "mean", "max"}, default="sum"
+            What is made of the rows of a bag, column by column.
+        out : ndarray of shape (n_bags, n_features), float32, C-contiguous, optional
+            Where the result is written.
+        include_last_offset : bool, default=False
+            Whether ``offsets`` has one more entry, the end of the last bag, as in torch.
+        n_jobs : int or None, default=None
+            Threads; None takes all that the process may use.
+
+        Returns
+        -------
+        ndarray of shape (n_bags, n_features), float32
+            A row for each bag, zeros for an empty one; ``out`` where it was given.
+
+        Raises
+        ------
+        IndexError
+            A row that is not there.
+        ValueError
+            Offsets that do not start at 0, fall, or pass the end; weights of another shape; an unknown mode.
+        """
+        numbers = self._row_numbers(ids)
+        starts = _bag_starts(numbers, offsets, include_last_offset)
+        flat_out = None if out is None else _flat_output(out, (len(starts), self._core.dim))
+        factors = None if weights is None else _pool_weights(weights, numbers.shape)
+        pooled = self._core.pool(numbers.reshape(-1), starts, factors, mode, flat_out, as_jobs(n_jobs))
+        return pooled if out is None else out
+
+    def search(
+        self, queries: ArrayLike, k: int = 10, metric: Metric = "inner_product", n_jobs: int | None = None
+    ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+        """Best rows for each query, by an exact scan of the codes.
+
+        Parameters
+        ----------
+        queries : array-like of shape (n_queries, n_features) or (n_features,)
+            What to look for.
+        k : int, default=10
+            How many rows a query gets; all, where the table has fewer.
+        metric : {"inner_product", "l2", "cosine"}, default="inner_product"
+            ``l2`` is the squared distance, where less is better; of the others more is.
+        n_jobs : int or None, default=None
+            Threads; None takes all that the process may use.
+
+        Returns
+        -------
+        distances : ndarray of shape (n_queries, k), float32
+            Best first. Of shape (k,) for a single query of shape (n_features,).
+        ids : ndarray of the same shape, int64
+            The rows; of equal ones the lower number comes first.
+
+        Raises
+        ------
+        ValueError
+            Queries of another width, not finite; k below 1; an unknown metric.
+
+        Examples
+        --------
+        >>> import numpy as np, vqrs
+        >>> table = vqrs.compress(np.eye(3), method="scalar", dtype="float16")
+        >>> distances, ids = table.search([0.0, 2.0, 1.0], k=2)
+        >>> distances, ids
+        (array([2., 1.], dtype=float32), array([1, 2]))
+        """
+        array = as_array(queries, "queries")
+        single = array.ndim == 1
+        rows = as_matrix(array[None] if single else array, "queries")
+        distances, ids = self._core.search(rows, operator.index(k), metric, as_jobs(n_jobs))
+        return (distances[0], ids[0]) if single else (distances, ids)
+
+    def _row_numbers(self, ids: Any) -> NDArray[np.int64] | NDArray[np.int32]:
+        """Row numbers as the compiled module takes them, in the shape that they were given."""
+        if isinstance(ids, bool):
+            raise IndexError(f"a table cannot be indexed by {ids}: pass a row number, or a mask of one bool a row")
+        array = np.asarray(ids)
+        if array.dtype.kind in "US":
+            return np.array([self._row_of_name(name) for name in array.ravel().tolist()], np.int64).reshape(array.shape)
+        if array.dtype.kind == "b":
+            return _rows_of_mask(array, len(self))
+        if array.size == 0 and not isinstance(ids, np.ndarray):
+            array = array.astype(np.int64)  # numpy makes float64 of an empty list
+        if array.dtype.kind not in "iu":
+            raise IndexError(f"rows are looked up by integers, a boolean mask or names, not by {array.dtype}")
+        if array.dtype == np.uint64 and array.size and array.max() >= len(self):
+            raise IndexError(f"id {array.max()} is out of range for a table of {len(self)} rows")
+        return np.ascontiguousarray(array, array.dtype if array.dtype == np.int32 else np.int64).reshape(array.shape)
+
+    def _row_of_name(self, name: str) -> int:
+        row = self._core.find(name)
+        if row is None:
+            raise KeyError(f"no row is named {name!r}" if self._core.names() else "the table's rows have no names")
+        return row
+
+    # ---- keeping ---------------------------------------------------------------------------------------------------
+
+    def save(self, path: str | os.PathLike[str], *, durable: bool = True) -> int:
+        """Write the table to a file, whole or not at all.
+
+        Parameters
+        ----------
+        path : path-like
+            The file. It may be the one that this table is mapped from: that stays as it is for those who have it open.
+        durable : bool, default=True
+            Whether to wait until the file is on the disk, so that it survives a power cut.
+
+        Returns
+        -------
+        int
+            Bytes of the file.
+
+        Raises
+        ------
+        OSError
+            The file cannot be written; nothing is left behind.
+        """
+        return self._core.save(os.fsdecode(path), durable=durable)
+
+    def verify(self) -> None:
+        """Compare every byte of the file with its checksums, and look at every scale inside the rows.
+
+        Raises
+        ------
+        TableCorruptError
+            Something is damaged; the message says where.
+        """
+        self._core.verify()
+
+    def close(self) -> None:
+        """Let go of the file. Arrays of ``codes`` stay readable; the table does not. Closing twice is allowed."""
+        self._core.close()
+
+    def __enter__(self) -> Table:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        if self._core.path is not None and not self._core.closed:
+            return open, (os.path.abspath(self._core.path), "header", "mmap" if self._core.mapped else "read")
+        errors = json.loads(self._core.info())["errors"]
+        return _from_parts, (*self._core.codec().to_parts(), self.codes, errors, self.names, self.metadata)
+
+
+def _from_parts(
+    description: str,
+    tensors: Mapping[str, NDArray[Any]],
+    codes: NDArray[np.uint8],
+    errors: Mapping[str, float],
+    names: Sequence[str] | None,
+    metadata: Mapping[str, str],
+) -> Table:
+    codec = _core.Codec.from_parts(description, tensors)
+    return Table(_core.Table.from_codec(codec, codes, errors=errors, names=names, metadata=metadata))
+
+
+def _rows_of_mask(mask: NDArray[np.bool_], n_rows: int) -> NDArray[np.int64]:
+    if mask.shape != (n_rows,):
+        raise IndexError(f"a boolean mask must have shape ({n_rows},), one bool a row, not {mask.shape}")
+    return np.flatnonzero(mask).astype(np.int64, copy=False)
+
+
+def _flat_output(out: Any, shape: tuple[int, ...]) -> NDArray[np.float32]:
+    """The caller's array as the compiled module takes it; the two share their memory."""
+    array = np.asarray(out)
+    if array.dtype != np.float32:
+        raise TypeError(f"out has dtype {array.dtype}, expected float32")
+    if array.shape != shape:
+        raise ValueError(f"out has shape {array.shape}, expected {shape}")
+    if not array.flags.c_contiguous or not array.flags.writeable:
+        raise ValueError("out must be C-contiguous and writeable")
+    return array.reshape(-1, shape[-1])
+
+
+def _bag_starts(ids: NDArray[Any], offsets: ArrayLike | None, include_last_offset: bool) -> NDArray[np.int64]:
+    if ids.ndim == 2:
+        if offsets is not None:
+            raise ValueError("offsets cannot be given with two-dimensional ids: each of their rows is a bag already")
+        return np.arange(ids.shape[0], dtype=np.int64) * ids.shape[1]
+    if ids.ndim != 1:
+        raise ValueError(f"ids to pool must have one or two dimensions, not {ids.ndim}")
+    starts = np.zeros(1, np.int64) if offsets is None else _offsets(offsets)
+    if not include_last_offset or offsets is None:
+        return starts
+    if len(starts) == 0 or starts[-1] != len(ids):
+        raise ValueError(f"with include_last_offset the last offset must be {len(ids)}, the number of ids")
+    return starts[:-1]
+
+
+def _offsets(offsets: ArrayLike) -> NDArray[np.int64]:
+    array = np.asarray(offsets)
+    if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
+        raise ValueError(f"offsets must be integers in one dimension, not {array.dtype} of shape {array.shape}")
+    return np.ascontiguousarray(array, dtype=np.int64)
+
+
+def _pool_weights(weights: ArrayLike, shape: tuple[int, ...]) -> NDArray[np.float32]:
+    factors = as_array(weights, "weights")
+    if factors.shape != shape:
+        raise ValueError(f"weights have shape {factors.shape}, expected {shape}, that of the ids")
+    return np.ascontiguousarray(factors.reshape(-1), dtype=np.float32)
