@@ -151,15 +151,16 @@ def compress(
             progress if callable(progress) else line,
         )
         make = partial(search.table, path=path, names=names, metadata=metadata, durable=durable)
-        if kind is not None and goal == _Goal():
-            fitted = search.fit(_Candidate(kind, parameters, 0))
-            if fitted.codec.notes:
-                warnings.warn(f"{kind}: {'; '.join(fitted.codec.notes)}.", UserWarning, stacklevel=2)
-            return make(fitted)
-        ladders = _ladders(kind, parameters, n_rows, dim)
+        if goal.nbytes is not None:
+            extra_bytes = _extra_bytes(n_rows, names, metadata)
+            return _within_bytes(search, _ladders(kind, parameters, n_rows, dim), goal.nbytes, extra_bytes, make)
         if goal.max_error is not None:
-            return _within_error(search, ladders, goal.max_error, make)
-        return _within_bytes(search, ladders, goal.nbytes, _extra_bytes(n_rows, names, metadata), make)
+            return _within_error(search, _ladders(kind, parameters, n_rows, dim), goal.max_error, make)
+        assert kind is not None
+        fitted = search.fit(_Candidate(kind, parameters, 0))
+        if fitted.codec.notes:
+            warnings.warn(f"{kind}: {'; '.join(fitted.codec.notes)}.", UserWarning, stacklevel=2)
+        return make(fitted)
 
 
 def estimate(n_rows: int, n_features: int, method: Any = "product", **parameters: Any) -> int:
