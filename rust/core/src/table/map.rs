@@ -152,9 +152,11 @@ mod guard {
     static PREVIOUS: AtomicUsize = AtomicUsize::new(libc::SIG_DFL);
     static PREVIOUS_FLAGS: AtomicUsize = AtomicUsize::new(0);
 
-    /// The thread that is inside the previous handler. A handler that comes back to ours (because each of the two
-    /// was installed over the other) would otherwise never end.
+    /// The thread that is inside the previous handler, and the last address that one was called for. A handler that was
+    /// installed over ours may lead back to ours while ours, installed again, leads to it: without these two, a fault
+    /// would go around for ever.
     static CHAINING: AtomicUsize = AtomicUsize::new(0);
+    static CHAINED_ADDRESS: AtomicUsize = AtomicUsize::new(0);
 
     /// A watched range; dropping it ends the watch.
     pub struct Range(&'static Slot);
@@ -210,7 +212,7 @@ mod guard {
         // SAFETY: the system passes a valid siginfo; errno is a variable of this thread.
         let (address, fault, saved) = unsafe { ((*info).si_addr() as usize, (*info).si_code > 0, *errno()) };
         if !(fault && cover(address)) {
-            chain(signal, info, context, fault);
+            chain(signal, info, context, fault.then_some(address));
         }
         // SAFETY: as above. The interrupted code must not see that we called the system.
         unsafe { *errno() = saved };
@@ -243,16 +245,19 @@ mod guard {
         at != libc::MAP_FAILED
     }
 
-    /// Hands a signal that is not ours to the handler that stood before.
-    fn chain(signal: c_int, info: *mut siginfo_t, context: *mut c_void, fault: bool) {
+    /// Hands a signal that is not ours to the handler that stood before. `fault`: where, unless somebody sent it.
+    fn chain(signal: c_int, info: *mut siginfo_t, context: *mut c_void, fault: Option<usize>) {
         // SAFETY: takes no arguments and cannot fail.
         let thread = unsafe { libc::pthread_self() } as usize;
-        let previous = if CHAINING.load(SeqCst) == thread { libc::SIG_DFL } else { PREVIOUS.load(SeqCst) };
-        if previous == libc::SIG_IGN && !fault {
+        // A handler that mended the fault is not called for the same address again.
+        let again = fault.is_some_and(|address| CHAINED_ADDRESS.swap(address, SeqCst) == address);
+        let circle = again || CHAINING.load(SeqCst) == thread;
+        let previous = if circle { libc::SIG_DFL } else { PREVIOUS.load(SeqCst) };
+        if previous == libc::SIG_IGN && fault.is_none() {
             return;
         }
         if previous == libc::SIG_DFL || previous == libc::SIG_IGN {
-            return default(signal, fault);
+            return default(signal, fault.is_some());
         }
         CHAINING.store(thread, SeqCst);
         // SAFETY: the value was a handler of SIGBUS when ours replaced it, and its flags say which type it has.
@@ -265,7 +270,18 @@ mod guard {
                 handler(signal);
             }
         }
-        CHAINING.store(0, SeqCst);
+        // One that raised the signal again wants it to go on: it comes when we return, and is then not its own again.
+        if !pending(signal) {
+            CHAINING.store(0, SeqCst);
+        }
+    }
+
+    fn pending(signal: c_int) -> bool {
+        // SAFETY: zeros are a valid set, both calls get a valid pointer and are allowed in a handler.
+        unsafe {
+            let mut set: libc::sigset_t = std::mem::zeroed();
+            libc::sigpending(&mut set) == 0 && libc::sigismember(&set, signal) == 1
+        }
     }
 
     /// What the system does by default, which is to end the process.
@@ -316,5 +332,161 @@ mod guard {
         pub fn damaged(&self) -> bool {
             match *self {}
         }
+    }
+}
+
+/// Signals end processes, so each case runs in a child: this test program again, told by a variable what to do.
+#[cfg(all(test, target_os = "linux"))]
+mod tests {
+    use super::*;
+    use libc::{c_int, c_void, siginfo_t};
+    use std::os::unix::process::ExitStatusExt;
+    use std::process::{Command, ExitStatus};
+    use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
+
+    const CASE: &str = "VQRS_TEST_SIGBUS_CASE";
+
+    fn child(case: &str) -> ExitStatus {
+        let mut command = Command::new(std::env::current_exe().unwrap());
+        command.args(["--exact", "table::map::tests::in_a_child", "--test-threads=1"]).env(CASE, case);
+        command.output().unwrap().status
+    }
+
+    fn file_of(len: u64) -> tempfile::NamedTempFile {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        file.as_file().set_len(len).unwrap();
+        file
+    }
+
+    /// Reads a page that is gone, of a mapping that the guard does not know.
+    fn foreign_fault() {
+        let file = file_of(8192);
+        // SAFETY: the bytes are read once, to see the fault.
+        let map = unsafe { memmap2::Mmap::map(file.as_file()).unwrap() };
+        file.as_file().set_len(0).unwrap();
+        assert_eq!(std::hint::black_box(&map)[5000], 0, "not reached");
+    }
+
+    type Handler = extern "C" fn(c_int, *mut siginfo_t, *mut c_void);
+
+    fn replace(handler: usize, flags: c_int) -> libc::sigaction {
+        // SAFETY: zeros are a valid sigaction; the handlers below have the type that the flags ask for.
+        unsafe {
+            let (mut new, mut old): (libc::sigaction, libc::sigaction) = (std::mem::zeroed(), std::mem::zeroed());
+            new.sa_sigaction = handler;
+            new.sa_flags = flags;
+            assert_eq!(libc::sigaction(libc::SIGBUS, &new, &mut old), 0);
+            old
+        }
+    }
+
+    extern "C" fn exit_plain(_: c_int) {
+        // SAFETY: allowed in a handler.
+        unsafe { libc::_exit(42) }
+    }
+
+    extern "C" fn exit_info(_: c_int, info: *mut siginfo_t, _: *mut c_void) {
+        // SAFETY: the system passed this siginfo to our handler, which passed it on.
+        unsafe { libc::_exit(if (*info).si_addr().is_null() { 1 } else { 43 }) }
+    }
+
+    static BEFORE: AtomicUsize = AtomicUsize::new(0);
+
+    /// As Python's faulthandler: puts back what stood before it and raises the signal again.
+    extern "C" fn back_and_raise(signal: c_int) {
+        replace(BEFORE.load(SeqCst), libc::SA_SIGINFO);
+        // SAFETY: allowed in a handler.
+        unsafe { libc::raise(signal) };
+    }
+
+    /// As the handler of Rust's own runtime: puts back what stood before it, so that the fault comes again.
+    extern "C" fn back(_: c_int) {
+        replace(BEFORE.load(SeqCst), libc::SA_SIGINFO);
+    }
+
+    /// Installs `handler` over ours, then ours over it, so that each leads to the other.
+    fn circle(handler: extern "C" fn(c_int), open: impl Fn() -> Mapping) {
+        drop(open());
+        BEFORE.store(replace(handler as usize, libc::SA_NODEFER).sa_sigaction, SeqCst);
+        drop(open());
+    }
+
+    #[test]
+    fn in_a_child() {
+        let Ok(case) = std::env::var(CASE) else { return };
+        let file = file_of(1 << 20);
+        let guarded = || Mapping::open(file.path(), Mode::Mmap).unwrap();
+        match case.as_str() {
+            "default" => drop(guarded()),
+            "sent" => {
+                let _kept = guarded();
+                // SAFETY: ends this process, which is the point.
+                unsafe { libc::raise(libc::SIGBUS) };
+            }
+            "ignored" => {
+                replace(libc::SIG_IGN, 0);
+                let _kept = guarded();
+                // SAFETY: ignored.
+                unsafe { libc::raise(libc::SIGBUS) };
+                std::process::exit(44);
+            }
+            "plain" => {
+                replace(exit_plain as extern "C" fn(c_int) as usize, 0);
+                drop(guarded());
+            }
+            "info" => {
+                replace(exit_info as Handler as usize, libc::SA_SIGINFO);
+                drop(guarded());
+            }
+            "circle" => circle(back, guarded),
+            "raising circle" => circle(back_and_raise, guarded),
+            "replaced" => {
+                let early = guarded();
+                replace(exit_plain as extern "C" fn(c_int) as usize, 0);
+                drop(guarded());
+                file.as_file().set_len(4096).unwrap();
+                assert_eq!(early.bytes().iter().map(|b| u64::from(*b)).sum::<u64>(), 0);
+                std::process::exit(if early.damaged() { 45 } else { 1 });
+            }
+            _ => full(&file),
+        }
+        foreign_fault();
+    }
+
+    /// More mappings than the registry holds: the later ones are copies, which a cut does not reach.
+    fn full(file: &tempfile::NamedTempFile) {
+        file.as_file().set_len(8192).unwrap();
+        let mut all: Vec<_> = (0..4097).map(|_| Mapping::open(file.path(), Mode::Mmap).unwrap()).collect();
+        file.as_file().set_len(1).unwrap();
+        let read = |m: &Mapping| m.bytes()[8191] == 0;
+        assert!(all.iter().all(read));
+        assert!(all[..4096].iter().all(Bytes::damaged) && !all[4096].damaged());
+        all.truncate(2);
+        file.as_file().set_len(8192).unwrap();
+        let again = Mapping::open(file.path(), Mode::Mmap).unwrap();
+        assert!(again.guard.is_some() && !again.damaged());
+        std::process::exit(46);
+    }
+
+    #[test]
+    fn other_faults_end_where_they_would_have() {
+        for case in ["default", "sent", "circle", "raising circle"] {
+            assert_eq!(child(case).signal(), Some(libc::SIGBUS), "{case}");
+        }
+        for (case, code) in [("plain", 42), ("info", 43), ("ignored", 44), ("replaced", 45), ("full", 46)] {
+            assert_eq!(child(case).code(), Some(code), "{case}");
+        }
+    }
+
+    #[test]
+    fn damage_is_one_mapping_s_own() {
+        let (file, other) = (file_of(1 << 20), file_of(1 << 20));
+        let open = |file: &tempfile::NamedTempFile| Mapping::open(file.path(), Mode::Mmap).unwrap();
+        let (cut, sound, twin) = (open(&file), open(&other), open(&file));
+        file.as_file().set_len(10_000).unwrap();
+        assert_eq!(cut.bytes()[1 << 19], 0);
+        assert!(cut.damaged() && !sound.damaged() && !twin.damaged());
+        assert_eq!(twin.bytes()[(1 << 20) - 1], 0);
+        assert!(twin.damaged());
     }
 }
