@@ -124,6 +124,7 @@ proptest! {
         let rng = &mut Rng::new(seed);
         let (stride, shift) = (width + gap, floats(rng, width));
         let (x, centers) = (floats(rng, rows * stride), floats(rng, count * width));
+        #[allow(clippy::type_complexity)] // labels, two scores and two products of the first path
         let mut seen: Option<(Vec<u32>, Vec<f32>, Vec<f32>, Vec<f32>, Vec<f32>)> = None;
         for kernels in available() {
             let padded = rows.next_multiple_of(kernels.panel_rows);

@@ -1,0 +1,6 @@
+//! Algorithms that know nothing of codes or files.
+
+pub mod assign;
+pub mod kmeans;
+pub mod nearest;
+mod seeding;

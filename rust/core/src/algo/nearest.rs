@@ -1,0 +1,482 @@
+//! The nearest of many centres, for many rows.
+//!
+//! score(x, c) = |c|^2 / 2 - <x, c> has the same minimum over c as the distance, and is one chain of fused
+//! multiply-adds. Both sides are moved by the mean of the centres first, which keeps the two terms small. Distances are
+//! then computed anew from differences, so that they do not suffer from cancellation. Each row's result depends on that
+//! row and the centres alone: not on threads, instruction set or neighbours.
+
+use crate::error::Result;
+use crate::kernels::{self, Kernels, Panels, Products};
+use crate::matrix::Matrix;
+use crate::pool::Context;
+use std::ops::Range;
+use std::sync::OnceLock;
+
+/// Some columns of row-major rows: product quantization clusters these without copying.
+#[derive(Clone, Copy, Debug)]
+pub struct Columns<'a> {
+    data: &'a [f32],
+    rows: usize,
+    stride: usize,
+    width: usize,
+}
+
+impl<'a> From<Matrix<'a>> for Columns<'a> {
+    fn from(matrix: Matrix<'a>) -> Self {
+        Columns::new(matrix, 0, matrix.dim())
+    }
+}
+
+impl<'a> Columns<'a> {
+    /// Columns `start` to `start + width` of a matrix; at least one.
+    pub fn new(matrix: Matrix<'a>, start: usize, width: usize) -> Self {
+        assert!(width > 0 && start + width <= matrix.dim(), "columns {start}+{width} of {}", matrix.dim());
+        // Without rows there is no first column to start from.
+        let data = matrix.data().get(start..).unwrap_or_default();
+        Columns { data, rows: matrix.rows(), stride: matrix.dim(), width }
+    }
+
+    /// Contiguous rows of `width` values.
+    pub fn contiguous(data: &'a [f32], width: usize) -> Self {
+        assert!(width > 0 && data.len().is_multiple_of(width), "{} values in rows of {width}", data.len());
+        Columns { data, rows: data.len() / width, stride: width, width }
+    }
+
+    /// Number of rows.
+    pub fn rows(&self) -> usize {
+        self.rows
+    }
+
+    /// Number of columns.
+    pub fn width(&self) -> usize {
+        self.width
+    }
+
+    /// One row.
+    #[inline]
+    pub fn row(&self, row: usize) -> &'a [f32] {
+        &self.data[row * self.stride..][..self.width]
+    }
+
+    /// The rows of a range.
+    pub fn block(&self, range: Range<usize>) -> Columns<'a> {
+        assert!(range.start <= range.end && range.end <= self.rows, "rows {range:?} of {}", self.rows);
+        let data = self.data.get(range.start * self.stride..).unwrap_or_default();
+        Columns { data, rows: range.len(), ..*self }
+    }
+}
+
+/// Rows that are packed at a time: their panels stay in the first level cache while the centres pass by.
+const PACKED_ROWS: usize = 64;
+
+/// Multiply-adds between two looks at the context: some hundredths of a second.
+const WORK: usize = 1 << 28;
+
+/// Centres, packed for the kernels.
+pub struct Centroids {
+    kernels: &'static Kernels,
+    width: usize,
+    count: usize,
+    centers: Vec<f32>,
+    /// The mean of the centres, taken from both sides.
+    shift: Vec<f32>,
+    /// `[block][column][centre]`, moved.
+    blocks: Vec<f32>,
+    half_norms: Vec<f32>,
+    /// The largest norm of a moved centre.
+    reach: f64,
+    /// `[panel][column][centre]`, not moved; packed on first use.
+    panels: OnceLock<Vec<f32>>,
+}
+
+impl std::fmt::Debug for Centroids {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(formatter, "Centroids({} of {} columns, {})", self.count, self.width, self.kernels.name)
+    }
+}
+
+impl Centroids {
+    /// Packs centres of `width` values each; at least one.
+    pub fn new(centers: &[f32], width: usize) -> Self {
+        Centroids::with_kernels(kernels::best(), centers, width)
+    }
+
+    fn with_kernels(kernels: &'static Kernels, centers: &[f32], width: usize) -> Self {
+        assert!(width > 0 && !centers.is_empty() && centers.len().is_multiple_of(width), "whole centres");
+        let count = centers.len() / width;
+        let shift = mean(centers, width);
+        let moved: Vec<f32> =
+            centers.chunks_exact(width).flat_map(|c| c.iter().zip(&shift).map(|(c, s)| c - s)).collect();
+        let norms: Vec<f64> =
+            moved.chunks_exact(width).map(|c| c.iter().map(|v| f64::from(*v).powi(2)).sum()).collect();
+        let mut half_norms: Vec<f32> = norms.iter().map(|norm| (norm / 2.0) as f32).collect();
+        half_norms.resize(count.next_multiple_of(kernels.block_centers), f32::INFINITY);
+        Centroids {
+            kernels,
+            width,
+            count,
+            centers: centers.to_vec(),
+            blocks: interleave(&moved, width, kernels.block_centers),
+            shift,
+            half_norms,
+            reach: norms.iter().fold(0.0, |a: f64, b| a.max(*b)).sqrt(),
+            panels: OnceLock::new(),
+        }
+    }
+
+    /// Number of centres.
+    pub fn len(&self) -> usize {
+        self.count
+    }
+
+    /// Never true: there is at least one centre.
+    pub fn is_empty(&self) -> bool {
+        self.count == 0
+    }
+
+    /// Values in a centre.
+    pub fn width(&self) -> usize {
+        self.width
+    }
+
+    /// The centre nearest to each row, in float32; the first of equals. `distances`: squared, never negative.
+    pub fn nearest(&self, x: Columns, labels: &mut [u32], distances: Option<&mut [f32]>, ctx: &Context) -> Result<()> {
+        self.in_blocks(x, labels, distances, ctx, Self::nearest_block)
+    }
+
+    /// The centre nearest to each row as float64 sees it; the first of equals. Rows whose two lowest scores are further
+    /// apart than float32 can err are settled by these.
+    pub fn nearest_exact(
+        &self,
+        x: Columns,
+        labels: &mut [u32],
+        distances: Option<&mut [f32]>,
+        ctx: &Context,
+    ) -> Result<()> {
+        self.in_blocks(x, labels, distances, ctx, Self::exact_block)
+    }
+
+    /// Runs `work` over blocks of rows whose size does not depend on the threads.
+    fn in_blocks(
+        &self,
+        x: Columns,
+        labels: &mut [u32],
+        distances: Option<&mut [f32]>,
+        ctx: &Context,
+        work: impl Fn(&Self, Columns, &mut [u32], Option<&mut [f32]>) + Sync,
+    ) -> Result<()> {
+        self.check(x, labels.len(), distances.as_deref());
+        let size = (WORK / (self.count * self.width)).clamp(PACKED_ROWS, 2048) / PACKED_ROWS * PACKED_ROWS;
+        ctx.chunks(labels, size, |block, labels| {
+            let first = block * size;
+            work(self, x.block(first..first + labels.len()), labels, None);
+            Ok(())
+        })?;
+        let Some(distances) = distances else { return Ok(()) };
+        ctx.chunks(distances, size, |block, distances| {
+            let range = block * size..block * size + distances.len();
+            self.distances_to(x.block(range.clone()), &labels[range], distances);
+            Ok(())
+        })
+    }
+
+    /// [`Centroids::nearest`] on the calling thread, for use inside a block that already runs in parallel.
+    pub fn nearest_block(&self, x: Columns, labels: &mut [u32], distances: Option<&mut [f32]>) {
+        self.check(x, labels.len(), distances.as_deref());
+        let mut scratch = Scratch::new(self, false);
+        for first in (0..x.rows()).step_by(scratch.rows) {
+            let last = x.rows().min(first + scratch.rows);
+            scratch.run(self, x.block(first..last));
+            labels[first..last].copy_from_slice(&scratch.labels[..last - first]);
+        }
+        if let Some(distances) = distances {
+            self.distances_to(x, labels, distances);
+        }
+    }
+
+    /// [`Centroids::nearest_exact`] on the calling thread.
+    pub fn exact_block(&self, x: Columns, labels: &mut [u32], distances: Option<&mut [f32]>) {
+        self.check(x, labels.len(), distances.as_deref());
+        let mut scratch = Scratch::new(self, true);
+        for first in (0..x.rows()).step_by(scratch.rows) {
+            let last = x.rows().min(first + scratch.rows);
+            scratch.run(self, x.block(first..last));
+            for row in first..last {
+                let (label, best, second) = scratch.result(row - first);
+                let sure = f64::from(second) - f64::from(best) > 2.0 * self.error_bound(x.row(row));
+                labels[row] = if sure { label } else { self.settle(x.row(row), label) };
+            }
+        }
+        if let Some(distances) = distances {
+            self.distances_to(x, labels, distances);
+        }
+    }
+
+    /// How far a score in float32 can be from half the squared distance less half the squared norm of the row.
+    ///
+    /// With u = 2^-24: moving the row and the centre rounds each value once, which changes half the squared distance by
+    /// at most u |x - c| (|x| + |c|) <= u (|x| + |c|)^2; the half norm is rounded once; and each step of the chain of
+    /// `width` steps rounds a partial sum that is at most |c|^2 / 2 + |x| |c|. Twice that covers terms of order
+    /// u^2 and the rounding of |x|.
+    fn error_bound(&self, row: &[f32]) -> f64 {
+        let norm = f64::from(near_distance(row, &self.shift)).sqrt();
+        let steps = (self.width + 1) as f64 * (self.reach * self.reach / 2.0 + norm * self.reach);
+        2.0 * f64::from(f32::EPSILON) / 2.0 * (steps + (norm + self.reach).powi(2)) + f64::from(f32::MIN_POSITIVE)
+    }
+
+    /// The nearest centre in float64; `guess` is near and lets most others be dropped early.
+    fn settle(&self, row: &[f32], guess: u32) -> u32 {
+        let center = |j: usize| &self.centers[j * self.width..][..self.width];
+        let (mut label, mut low) = (guess, squared_distance(row, center(guess as usize)));
+        for j in 0..self.count {
+            let distance = bounded_distance(row, center(j), low);
+            if distance < low || (distance == low && (j as u32) < label) {
+                (label, low) = (j as u32, distance);
+            }
+        }
+        label
+    }
+
+    /// The squared distance of each row to the centre of its label.
+    pub fn distances_to(&self, x: Columns, labels: &[u32], distances: &mut [f32]) {
+        for (row, (label, distance)) in labels.iter().zip(distances).enumerate() {
+            let center = &self.centers[*label as usize * self.width..][..self.width];
+            *distance = near_distance(x.row(row), center);
+        }
+    }
+
+    /// All scalar products, `out[row * len + centre]`, on the calling thread.
+    pub fn dots_block(&self, x: Columns, out: &mut [f32]) {
+        (self.kernels.dots)(&self.products(x), out);
+    }
+
+    /// All squared distances, summed from differences, `out[row * len + centre]`, on the calling thread.
+    pub fn distances_block(&self, x: Columns, out: &mut [f32]) {
+        (self.kernels.distances)(&self.products(x), out);
+    }
+
+    fn products<'a>(&'a self, x: Columns<'a>) -> Products<'a> {
+        assert_eq!(x.width, self.width, "columns of the rows and of the centres");
+        let panels = self.panels.get_or_init(|| interleave(&self.centers, self.width, self.kernels.panel_centers));
+        Products { width: self.width, x: x.data, stride: x.stride, rows: x.rows, centers: panels, count: self.count }
+    }
+
+    fn check(&self, x: Columns, labels: usize, distances: Option<&[f32]>) {
+        assert_eq!(x.width, self.width, "columns of the rows and of the centres");
+        assert!(labels == x.rows && distances.is_none_or(|d| d.len() == labels), "one label and distance a row");
+    }
+}
+
+/// Room for one pass of the nearest kernel.
+struct Scratch {
+    rows: usize,
+    panels: Vec<f32>,
+    labels: Vec<u32>,
+    best: Vec<f32>,
+    second: Vec<f32>,
+}
+
+impl Scratch {
+    fn new(centroids: &Centroids, second: bool) -> Self {
+        let rows = PACKED_ROWS.next_multiple_of(centroids.kernels.panel_rows);
+        Scratch {
+            rows,
+            panels: vec![0.0; rows * centroids.width],
+            labels: vec![0; rows],
+            best: vec![0.0; rows],
+            second: vec![0.0; if second { rows } else { 0 }],
+        }
+    }
+
+    /// Labels and scores of up to `self.rows` rows.
+    fn run(&mut self, centroids: &Centroids, x: Columns) {
+        let kernels = centroids.kernels;
+        let padded = x.rows.next_multiple_of(kernels.panel_rows);
+        let rows = &mut self.panels[..padded * centroids.width];
+        (kernels.pack)(x.data, x.stride, x.rows, &centroids.shift, rows);
+        let panels =
+            Panels { width: centroids.width, rows, centers: &centroids.blocks, half_norms: &centroids.half_norms };
+        let second = if self.second.is_empty() { 0 } else { padded };
+        (kernels.nearest)(&panels, &mut self.labels[..padded], &mut self.best[..padded], &mut self.second[..second]);
+    }
+
+    fn result(&self, row: usize) -> (u32, f32, f32) {
+        (self.labels[row], self.best[row], self.second[row])
+    }
+}
+
+fn mean(rows: &[f32], width: usize) -> Vec<f32> {
+    let mut sums = vec![0.0f64; width];
+    for row in rows.chunks_exact(width) {
+        for (sum, value) in sums.iter_mut().zip(row) {
+            *sum += f64::from(*value);
+        }
+    }
+    let count = (rows.len() / width) as f64;
+    sums.iter().map(|sum| (sum / count) as f32).collect()
+}
+
+/// `[group][column][row of the group]`, the last group filled up with zeros.
+fn interleave(rows: &[f32], width: usize, group: usize) -> Vec<f32> {
+    let count = rows.len() / width;
+    let mut out = vec![0.0; count.next_multiple_of(group) * width];
+    for (j, row) in rows.chunks_exact(width).enumerate() {
+        let out = &mut out[j / group * group * width + j % group..];
+        for (t, value) in row.iter().enumerate() {
+            out[t * group] = *value;
+        }
+    }
+    out
+}
+
+/// The squared distance in float64, values added in order.
+pub fn squared_distance(a: &[f32], b: &[f32]) -> f64 {
+    bounded_distance(a, b, f64::INFINITY)
+}
+
+/// [`squared_distance`], or something above `limit` as soon as that is certain.
+fn bounded_distance(a: &[f32], b: &[f32], limit: f64) -> f64 {
+    let mut sum = 0.0;
+    for (a, b) in a.chunks(16).zip(b.chunks(16)) {
+        for (a, b) in a.iter().zip(b) {
+            sum += (f64::from(*a) - f64::from(*b)).powi(2);
+        }
+        if sum > limit {
+            break;
+        }
+    }
+    sum
+}
+
+/// The squared distance in float32: eight running sums, so that the compiler can use vectors.
+fn near_distance(a: &[f32], b: &[f32]) -> f32 {
+    let mut sums = [0.0f32; 8];
+    let (mut a, mut b) = (a.chunks_exact(8), b.chunks_exact(8));
+    for (a, b) in (&mut a).zip(&mut b) {
+        for t in 0..8 {
+            sums[t] += (a[t] - b[t]) * (a[t] - b[t]);
+        }
+    }
+    let rest: f32 = a.remainder().iter().zip(b.remainder()).map(|(a, b)| (a - b) * (a - b)).sum();
+    sums.iter().sum::<f32>() + rest
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::rng::Rng;
+
+    fn normal(rng: &mut Rng, count: usize) -> Vec<f32> {
+        (0..count).map(|_| rng.normal() as f32).collect()
+    }
+
+    fn brute(x: Columns, centers: &[f32]) -> Vec<u32> {
+        let of_row = |row: usize| {
+            let mut best = (f64::INFINITY, 0);
+            for (j, center) in centers.chunks_exact(x.width()).enumerate() {
+                let distance: f64 =
+                    x.row(row).iter().zip(center).map(|(a, b)| (f64::from(*a) - f64::from(*b)).powi(2)).sum();
+                if distance < best.0 {
+                    best = (distance, j as u32);
+                }
+            }
+            best.1
+        };
+        (0..x.rows()).map(of_row).collect()
+    }
+
+    #[test]
+    fn exact_labels_are_those_of_a_plain_search_in_double() {
+        let ctx = Context::new(Some(2), 0);
+        for (seed, (rows, width, count)) in
+            [(300, 1, 5), (500, 2, 256), (1000, 7, 33), (3000, 16, 64), (400, 70, 300), (1, 3, 1)]
+                .into_iter()
+                .enumerate()
+        {
+            let rng = &mut Rng::new(seed as u64);
+            let mut x = normal(rng, rows * (width + 2));
+            let mut centers = normal(rng, count * width);
+            for step in 0..4 {
+                // Then with an offset that costs most digits, rounded to few values, and with repeated centres.
+                match step {
+                    1 => x.iter_mut().chain(&mut centers).for_each(|v| *v += 1000.0),
+                    2 => x.iter_mut().chain(&mut centers).for_each(|v| *v = (*v * 2.0).round() / 2.0),
+                    3 => centers.copy_within(0..count / 2 * width, count / 2 * width),
+                    _ => {}
+                }
+                let columns = Columns::new(Matrix::new(&x, width + 2).unwrap(), 1, width);
+                let (mut labels, mut distances) = (vec![0; rows], vec![0.0; rows]);
+                let centroids = Centroids::new(&centers, width);
+                centroids.nearest_exact(columns, &mut labels, Some(&mut distances), &ctx).unwrap();
+                assert_eq!(labels, brute(columns, &centers), "step {step} {rows} {width} {count}");
+                for row in 0..rows {
+                    let center = &centers[labels[row] as usize * width..][..width];
+                    let expected = squared_distance(columns.row(row), center);
+                    assert!((f64::from(distances[row]) - expected).abs() <= 1e-5 * expected, "{expected}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn results_depend_on_the_row_alone() {
+        let rng = &mut Rng::new(5);
+        for width in [1, 2, 4, 5, 8, 19] {
+            let (rows, count) = (5000, 50);
+            let (x, centers) = (normal(rng, rows * width), normal(rng, count * width));
+            let x = Columns::contiguous(&x, width);
+            let expected = {
+                let mut labels = vec![0; rows];
+                Centroids::with_kernels(kernels::available()[0], &centers, width).nearest_block(x, &mut labels, None);
+                labels
+            };
+            for table in kernels::available() {
+                let centroids = Centroids::with_kernels(table, &centers, width);
+                for threads in 1..=3 {
+                    let mut labels = vec![0; rows];
+                    centroids.nearest(x, &mut labels, None, &Context::new(Some(threads), 0)).unwrap();
+                    assert_eq!(labels, expected, "{} {threads} threads", table.name);
+                }
+                for row in [0, 17, rows - 1] {
+                    let mut label = [0];
+                    centroids.nearest_block(x.block(row..row + 1), &mut label, None);
+                    assert_eq!(label[0], expected[row]);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn products_are_those_of_the_formulas() {
+        let rng = &mut Rng::new(6);
+        let (rows, width, count) = (21, 10, 37);
+        let (x, centers) = (normal(rng, rows * width), normal(rng, count * width));
+        let (x, centroids) = (Columns::contiguous(&x, width), Centroids::new(&centers, width));
+        let (mut dots, mut distances) = (vec![0.0; rows * count], vec![0.0; rows * count]);
+        centroids.dots_block(x, &mut dots);
+        centroids.distances_block(x, &mut distances);
+        for (i, (dot, distance)) in dots.iter().zip(&distances).enumerate() {
+            let center = &centers[i % count * width..][..width];
+            let expected: f64 = x.row(i / count).iter().zip(center).map(|(a, b)| f64::from(a * b)).sum();
+            assert!((f64::from(*dot) - expected).abs() < 1e-5);
+            assert!((f64::from(*distance) - squared_distance(x.row(i / count), center)).abs() < 1e-4);
+        }
+    }
+
+    #[test]
+    fn no_rows() {
+        let centroids = Centroids::new(&[1.0, 2.0], 2);
+        let x = Columns::new(Matrix::new(&[], 3).unwrap(), 1, 2);
+        centroids.nearest(x, &mut [], None, &Context::default()).unwrap();
+        centroids.dots_block(x, &mut []);
+        assert_eq!((centroids.len(), centroids.width(), centroids.is_empty()), (1, 2, false));
+    }
+
+    #[test]
+    fn cancellation_by_the_caller_stops() {
+        let ctx = Context::new(Some(1), 0);
+        ctx.cancel();
+        let (x, centroids) = ([0.0; 4], Centroids::new(&[1.0, 2.0], 2));
+        assert!(centroids.nearest(Columns::contiguous(&x, 2), &mut [0; 2], None, &ctx).is_err());
+    }
+}
