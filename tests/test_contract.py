@@ -195,11 +195,16 @@ def test_lookup_is_the_reference(case, recipe):
 
 @every_case
 def test_any_code_can_be_read(case):
-    """Codebooks are padded, so that no byte of a code reads out of bounds."""
+    """Codebooks are padded, so that no byte of a code reads out of bounds; scales that are not finite are refused."""
     codec, _ = fit(case, normal(20, 7))
     codes = np.random.default_rng(1).integers(0, 256, size=(200, codec.row_bytes), dtype=np.uint8)
     expected = reference.decode(codec.description(), codec.tensors(), codes)
-    assert np.array_equal(codec.decode(codes), expected, equal_nan=True)
+    finite = np.isfinite(expected).all(axis=1)
+    assert finite.any()
+    assert np.array_equal(codec.decode(codes[finite]), expected[finite])
+    for row in codes[~finite]:
+        with pytest.raises(ValueError, match="NaN or infinity"):
+            codec.decode(row[None])
 
 
 @every_case
@@ -354,7 +359,6 @@ def test_better_codes_are_never_worse(case):
 def test_scaling_by_a_power_of_two_scales_exactly(case, recipe, exponent):
     x, factor = make(recipe, case), np.float32(2.0**exponent)
     (codec, codes), (scaled_codec, scaled_codes) = fit(case, x), fit(case, x * factor)
-    assert np.array_equal(codes, scaled_codes)
     assert np.array_equal(codec.decode(codes) * factor, scaled_codec.decode(scaled_codes))
 
 
@@ -609,13 +613,15 @@ def test_each_kind_has_an_estimator_with_its_parameters(kind):
 def test_estimator_is_the_core(case):
     kind, parameters = case
     x = normal(300, 6)
-    estimator = estimators()[kind](**parameters, random_state=0)
+    estimator = estimators()[kind](**parameters)
+    if "random_state" in estimator.get_params():
+        estimator.set_params(random_state=0)
     codes = estimator.fit_transform(x)
     assert codes.dtype == np.uint8
-    assert codes.tobytes() == estimators()[kind](**parameters, random_state=0).fit(x).transform(x).tobytes()
+    assert codes.tobytes() == estimator.fit(x).transform(x).tobytes()
     decoded = estimator.inverse_transform(codes)
     table = estimator.compress(x)
     assert np.array_equal(table[:], decoded)
-    assert np.array_equal(table.codes, codes) if hasattr(table, "codes") else True
+    assert np.array_equal(table.codes, codes)
     assert estimator.score(x) == pytest.approx(-table.relative_error, rel=1e-6)
     assert estimator.estimate(300, 6) == table.nbytes

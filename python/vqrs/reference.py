@@ -362,9 +362,9 @@ def encode_scalar(x: NDArray[np.float32], description: Mapping[str, Any], tensor
 def _nearest_levels(
     x: NDArray[np.float32], scale: NDArray[np.float32], offset: NDArray[np.float32], bits: int, symmetric: bool
 ) -> NDArray[np.int64]:
-    """The nearest of 2**bits levels, ties to even; symmetric grids leave out the lowest one."""
+    """The nearest of 2**bits levels, ties upwards; symmetric grids leave out the lowest one."""
     steps = (np.asarray(x, np.float64) - offset) / np.where(scale > 0, scale, np.inf)
-    return np.clip(np.rint(steps), int(symmetric), 2**bits - 1).astype(np.int64)
+    return np.clip(np.floor(steps + 0.5), int(symmetric), 2**bits - 1).astype(np.int64)
 
 
 def _ranges(x: NDArray[np.float32], description: Mapping[str, Any], bits: int) -> NDArray[np.uint8]:
@@ -385,7 +385,7 @@ def _ranges(x: NDArray[np.float32], description: Mapping[str, Any], bits: int) -
 def _rounded_step(reach: NDArray[np.float64], n_steps: int) -> NDArray[np.float16]:
     """The nearest float16 to ``reach / n_steps``, or the next one up where that many steps would fall short."""
     nearest = (reach / n_steps).astype(np.float16)
-    falls_short = nearest * (n_steps + COVERED) < reach
+    falls_short = nearest.astype(np.float64) * (n_steps + COVERED) < reach
     return np.where(falls_short, np.nextafter(nearest, np.float16(np.inf)), nearest)
 
 
