@@ -97,7 +97,7 @@ def test_names_in_guides_exist(path):
 def exists(dotted: str) -> bool:
     """Whether a name below ``vqrs`` leads somewhere; file names (``.safetensors``) and torch's names pass."""
     first, *rest = dotted.strip(".").split(".")
-    if first in ("torch", "safetensors", "blocks", "footer", "git"):
+    if first in ("torch", "safetensors", "blocks", "footer", "names", "git"):
         return True
     if not hasattr(vqrs, first) and first not in {module.name for module in pkgutil.iter_modules(vqrs.__path__)}:
         return False
