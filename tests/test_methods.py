@@ -134,7 +134,7 @@ def test_scales_by_block_reach_the_figures(dtype, block_size, symmetric, figure)
 @pytest.mark.parametrize("kind", [entry["name"] for entry in _core.kinds()])
 def test_bytes_count_everything(kind, tmp_path):
     """Codes and decoder tensors are all there, and the rest of the file is small and fixed."""
-    table = table_of(kind, normal(3000, 32))
+    table = table_of(kind, normal(600, 16))
     held = table.codes().nbytes + sum(tensor.nbytes for tensor in table.tensors().values())
     size = table.save(str(tmp_path / "table.safetensors"))
     assert size == table.nbytes
