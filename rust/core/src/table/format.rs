@@ -235,11 +235,16 @@ impl File {
 
     /// With [`Verify::Lazy`], checks the blocks that hold these rows, each once. Else returns at once.
     pub fn touch(&self, rows: Range<usize>) -> Result<()> {
-        if self.verify != Verify::Lazy {
+        if !self.is_lazy() {
             return Ok(());
         }
         let start = self.header.entries[0].range().start;
         self.check_range(&(start + rows.start * self.row_bytes..start + rows.end * self.row_bytes))
+    }
+
+    /// True if [`File::touch`] has something to do.
+    pub fn is_lazy(&self) -> bool {
+        self.verify == Verify::Lazy
     }
 
     /// True once a page of the mapped file was found missing: zeros were read in its place.
