@@ -324,7 +324,7 @@ def test_bags_equal_torchs(
     bag = vqrs.torch.EmbeddingBag.from_table(table, trainable=trainable, **arguments)
     own = nn.EmbeddingBag.from_pretrained(decoded(table), **arguments)
     ids = torch.tensor([1, 4, 1, 9, 1, 1, 299, 8, 8], dtype=dtype)
-    offsets = torch.tensor([0, 3, 3, 4, 6, 8], dtype=dtype)  # an empty bag, a bag of padding alone
+    offsets = torch.tensor([0, 3, 3, 4, 6, 9], dtype=dtype)  # an empty bag, a bag of padding alone
     torch.testing.assert_close(bag(ids, offsets), own(ids, offsets))
     torch.testing.assert_close(bag(ids.reshape(3, 3)), own(ids.reshape(3, 3)))
     none = torch.tensor([], dtype=dtype)
@@ -372,9 +372,9 @@ def test_bags_refuse_weights_and_ends_that_do_not_fit() -> None:
     with pytest.raises(ValueError, match="mode='mean'"):
         vqrs.torch.EmbeddingBag.from_table(make_table())(ids, torch.tensor([0]), torch.ones(2))
     bag = vqrs.torch.EmbeddingBag.from_table(make_table(), include_last_offset=True)
-    with pytest.raises(ValueError, match="between 0 and 2"):
+    with pytest.raises(ValueError, match="last offset must be 2"):
         bag(ids, torch.tensor([0, 3]))
-    with pytest.raises(ValueError, match="between 0 and 2"):
+    with pytest.raises(ValueError, match="last offset must be 2"):
         bag(ids, torch.tensor([], dtype=torch.int64))
 
 
@@ -438,7 +438,7 @@ def test_a_frozen_module_has_no_parameters_and_no_graph() -> None:
 def test_a_trained_module_becomes_a_table(compression: dict, tmp_path: Path) -> None:
     target = torch.from_numpy(make_rows())
     embedding = vqrs.torch.Embedding.from_pretrained(
-        target + 0.3, trainable=True, random_state=0, names=[str(row) for row in range(N_ROWS)], **compression
+        0.6 * target + 0.3, trainable=True, random_state=0, names=[str(row) for row in range(N_ROWS)], **compression
     )
     optimizer = torch.optim.Adam(embedding.parameters(), lr=0.02)
     losses = []

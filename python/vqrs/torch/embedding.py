@@ -122,7 +122,8 @@ class _TableModule(nn.Module):
         if not isinstance(table, vqrs.Table):
             table = vqrs.open(table, verify=verify, mode="mmap" if mmap else "read")
         trainable = _trainable(trainable, freeze)
-        return cls(*table.shape, trainable=trainable, device=device, dtype=dtype, _table=table, **arguments)
+        make: Any = cls  # the arguments are those of the child
+        return make(*table.shape, trainable=trainable, device=device, dtype=dtype, _table=table, **arguments)
 
     @classmethod
     def from_pretrained(
@@ -174,7 +175,8 @@ class _TableModule(nn.Module):
             arguments = {name: getattr(weight, name) for name in names if hasattr(weight, name)} | arguments
             weight = weight.weight
         weight = torch.as_tensor(weight)
-        return cls(*weight.shape, trainable=trainable, _weight=weight, **arguments)
+        make: Any = cls
+        return make(*weight.shape, trainable=trainable, _weight=weight, **arguments)
 
     # ---- what it holds -----------------------------------------------------------------------------------------
 
@@ -269,17 +271,12 @@ class _TableModule(nn.Module):
         if decoder is None:
             tensors = {name: _as_tensor(array) for name, array in table._core.tensors().items()}
             decoder = decoder_from_parts(table.info()["decoder"], tensors, codes, self.trainable)
+        if "decoder" in self._modules:
+            _keep_parameters(self.decoder, decoder)
         device = self._output.device
         self._table = table
         self.register_buffer("codes", codes.to(device))
-        old = dict(self.decoder.named_parameters()) if "decoder" in self._modules else {}
-        new = dict(decoder.named_parameters())
-        if new and {name: value.shape for name, value in old.items()} == {n: v.shape for n, v in new.items()}:
-            with torch.no_grad():  # optimizers hold the parameters that are there
-                for name, value in new.items():
-                    old[name].copy_(value)
-        else:
-            self.decoder = decoder.to(device)
+        self.decoder = decoder.to(device)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _TableModule:
         super()._apply(fn, recurse)
@@ -489,7 +486,7 @@ class EmbeddingBag(_TableModule):
     mode : {"mean", "sum", "max"}, default="mean"
         What is made of the rows of a bag.
     include_last_offset : bool, default=False
-        Whether ``offsets`` has one more entry, the end of the last bag.
+        Whether ``offsets`` has one more entry, the end of the last bag: the number of ids.
     padding_idx : int, optional
         An id that bags leave out.
 
@@ -578,12 +575,16 @@ class EmbeddingBag(_TableModule):
                 raise ValueError(
                     "offsets cannot be given with two-dimensional ids: each of their rows is a bag already"
                 )
-            return torch.arange(len(ids) + self.include_last_offset, device=ids.device) * ids.shape[1]
+            return torch.arange(len(ids), device=ids.device) * ids.shape[1]
         if ids.dim() != 1:
             raise ValueError(f"ids of bags must have one or two dimensions, not {ids.dim()}")
         if offsets is None or offsets.dim() != 1:
             raise ValueError("one-dimensional ids need one-dimensional offsets, which say where each bag begins")
-        return offsets.long()
+        if not self.include_last_offset:
+            return offsets.long()
+        if _is_plain(offsets) and (len(offsets) == 0 or offsets[-1] != len(ids)):
+            raise ValueError(f"with include_last_offset the last offset must be {len(ids)}, the number of ids")
+        return offsets[:-1].long()
 
     def _flat_weights(self, ids: Tensor, weights: Tensor | None) -> Tensor | None:
         if weights is None:
@@ -596,9 +597,6 @@ class EmbeddingBag(_TableModule):
 
     def _kernel_pool(self, ids: Tensor, offsets: Tensor, weights: Tensor | None) -> Tensor:
         """Bags by the compiled core."""
-        if self.include_last_offset:
-            offsets, end = _split_end(offsets, len(ids))
-            ids, weights = ids[:end], None if weights is None else weights[:end]
         if self.padding_idx is not None:
             kept = ids != self.padding_idx
             offsets = F.pad(kept.cumsum(0), (1, 0))[offsets]
@@ -621,7 +619,6 @@ class EmbeddingBag(_TableModule):
             offsets,
             mode=self.mode,
             per_sample_weights=None if weights is None else weights.to(rows.dtype),
-            include_last_offset=self.include_last_offset,
             padding_idx=padding,
         )
 
@@ -630,18 +627,20 @@ class EmbeddingBag(_TableModule):
         return f"{super().extra_repr()}, mode={self.mode!r}"
 
 
+def _keep_parameters(old: Decoder, new: Decoder) -> None:
+    """Move new values into the old parameters where all have the same shapes: optimizers hold those."""
+    held, values = dict(old.named_parameters()), dict(new.named_parameters())
+    if {name: value.shape for name, value in held.items()} == {name: value.shape for name, value in values.items()}:
+        for name, parameter in held.items():
+            with torch.no_grad():
+                parameter.copy_(values[name])
+            setattr(new, name, parameter)
+
+
 def _is_plain(tensor: Tensor) -> bool:
     """Whether a tensor's values can be looked at here and now: on the CPU, not traced, not a stand-in."""
     tracing = torch.compiler.is_compiling() or torch.jit.is_tracing()
     return not tracing and type(tensor) is Tensor and tensor.is_cpu
-
-
-def _split_end(offsets: Tensor, n_ids: int) -> tuple[Tensor, int]:
-    """Offsets without the last one, and that one: the end of the last bag."""
-    end = int(offsets[-1]) if len(offsets) else -1
-    if not 0 <= end <= n_ids:
-        raise ValueError(f"with include_last_offset the last offset must lie between 0 and {n_ids}, the number of ids")
-    return offsets[:-1], end
 
 
 def _compress(weight: Tensor, compression: Mapping[str, Any]) -> vqrs.Table:
