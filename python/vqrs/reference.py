@@ -115,6 +115,12 @@ def decode(description: str | Mapping[str, Any], tensors: Tensors, codes: NDArra
     ------
     ValueError
         If no decoder has this form.
+
+    Examples
+    --------
+    >>> description = {"form": "levels", "dim": 2, "dtype": "float16"}
+    >>> decode(description, {}, np.array([[1, 2]], np.float16).view(np.uint8))
+    array([[1., 2.]], dtype=float32)
     """
     if isinstance(description, str):
         description = json.loads(description)
@@ -132,6 +138,17 @@ def decode_books(description: Mapping[str, Any], tensors: Tensors, codes: NDArra
     that multiplying by it is exact, and entries are added in ``float32`` in the order of the codebooks.
 
     Parameters and the result are those of :func:`decode`.
+
+    Examples
+    --------
+    A book for both columns and, on top of it, one for the second column alone:
+
+    >>> description = {"dim": 2, "bits": 1, "scale": 1.0,
+    ...                "groups": [{"width": 2, "starts": [0]}, {"width": 1, "starts": [1]}]}
+    >>> tensors = {"codebooks.0": np.array([[[1, 2], [3, 4]]], np.float16),
+    ...            "codebooks.1": np.array([[[0], [10]]], np.float16)}
+    >>> decode_books(description, tensors, np.array([[0b11]], np.uint8))
+    array([[ 3., 14.]], dtype=float32)
     """
     bits, scale = description["bits"], np.float32(description["scale"])
     places = [
@@ -154,6 +171,16 @@ def decode_levels(description: Mapping[str, Any], tensors: Tensors, codes: NDArr
     stand behind its levels as ``float16``, to be multiplied by a power of two that the whole table shares.
 
     Parameters and the result are those of :func:`decode`.
+
+    Examples
+    --------
+    Two levels of 8 bits, then a scale of 0.5 and a minimum of -1:
+
+    >>> description = {"dim": 2, "dtype": "int8", "granularity": "row", "symmetric": False,
+    ...                "scale_factor": 1.0, "offset_factor": 1.0}
+    >>> codes = np.concatenate([np.array([0, 4], np.uint8), np.array([0.5, -1], np.float16).view(np.uint8)])
+    >>> decode_levels(description, {}, codes[None])
+    array([[-1.,  1.]], dtype=float32)
     """
     dim, dtype = description["dim"], description["dtype"]
     if dtype in ("float16", "bfloat16"):
