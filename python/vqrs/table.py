@@ -145,7 +145,7 @@ class Table:
     @property
     def path(self) -> str | None:
         """The file that it was opened from, or None."""
-        return self._core.path
+        return None if self._core.path is None else os.fspath(self._core.path)
 
     @property
     def metadata(self) -> dict[str, str]:
@@ -168,7 +168,7 @@ class Table:
         Returns
         -------
         dict
-            What the file's header says (kind, form, parameters, tensors, versions), ``path``, ``nbytes``,
+            What the file's header says (kind, parameters, decoder, library), ``path``, ``nbytes``,
             ``float32_nbytes``, ``ratio``, ``bits_per_value`` (all bytes counted), and ``errors``: ``relative`` (squared
             error over squared norm), ``centred`` (the same after removing the mean row), ``weighted`` if the rows had
             weights, and ``gaussian_bound``, the least relative error of any code of as many bits on Gaussian rows of
@@ -269,7 +269,7 @@ class Table:
         numbers = self._row_numbers(ids)
         flat = numbers.reshape(-1)
         if out is None:
-            return self._core.lookup(flat, n_jobs=as_jobs(n_jobs)).reshape(*numbers.shape, -1)
+            return self._core.lookup(flat, n_jobs=as_jobs(n_jobs)).reshape(*numbers.shape, self._core.dim)
         self._core.lookup(flat, _flat_output(out, (*numbers.shape, self._core.dim)), as_jobs(n_jobs))
         return out
 
@@ -472,8 +472,8 @@ class Table:
         self.close()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        if self._core.path is not None and not self._core.closed:
-            return open, (os.path.abspath(self._core.path), "header", "mmap" if self._core.mapped else "read")
+        if self.path is not None and not self._core.closed:
+            return open, (os.path.abspath(self.path), "header", "mmap" if self._core.mapped else "read")
         errors = json.loads(self._core.info())["errors"]
         return _from_parts, (*self._core.codec().to_parts(), self.codes, errors, self.names, self.metadata)
 
