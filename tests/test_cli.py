@@ -44,7 +44,7 @@ def run(*arguments):
 
 
 def run_json(*arguments):
-    return json.loads(run(*arguments, "--json"))
+    return json.loads(run(arguments[0], "--json", *arguments[1:]))
 
 
 def main(capsys, *arguments):
@@ -93,7 +93,7 @@ def test_compress_with_weights_and_names(source, tmp_path):
 def test_info(table):
     assert run_json("info", table) == vqrs.open(table).info()
     shown = run("info", table)
-    for part in ["product", "n_subvectors", "relative", "codebooks"]:
+    for part in ["product", "n_subvectors", "relative", "codebook_dtype"]:
         assert part in shown
 
 
@@ -159,11 +159,15 @@ def test_help_names_the_commands():
         (["info", "{table}", "--colour"], 2, "--colour"),
         (["compress", "{source}", "{out}"], 2, "--ratio, --bytes and --max-error"),
         (["compress", "{source}", "{out}", "--ratio", "2", "--bytes", "9"], 2, "--ratio, --bytes and --max-error"),
-        (["compress", "{source}", "{out}", "--ratio", "two"], 2, "two"),
+        (["compress", "{source}", "{out}", "--ratio", "two"], 2, "--ratio.*number|--ratio.*float"),
         (["compress", "{source}", "{out}", "--bytes", "many"], 2, "many"),
         (["compress", "{source}", "{out}", "--method", "zip"], 2, "'zip'; there are .*product"),
         (["compress", "{source}", "{out}", "--ratio", "2", "--set", "a=1"], 2, "--set needs --method"),
-        (["compress", "{source}", "{out}", "--method", "scalar", "--set", "a=1"], 2, "no parameter 'a'; it has dtype"),
+        (
+            ["compress", "{source}", "{out}", "--method", "scalar", "--set", "a=1"],
+            2,
+            "no parameter 'a'; it has .*dtype",
+        ),
         (["compress", "{source}", "{out}", "--method", "scalar", "--set", "dtype"], 2, "expected NAME=VALUE"),
         (["compress", "{source}", "{out}", "--method", "scalar", "--set", "dtype=int99"], 1, "int99"),
         (["compress", "{source}", "{out}", "--ratio", "1e6"], 1, "too few .* the least is"),
@@ -266,7 +270,7 @@ def test_reads_safetensors(rows, tmp_path, dtype):
     save_file = pytest.importorskip("safetensors.torch", reason="writes the file").save_file
     tensor = torch.from_numpy(rows).to(getattr(torch, dtype))
     path = tmp_path / "model.safetensors"
-    save_file({"a.weight": tensor + 1, "b.weight": tensor, "bias": tensor[0], "ids": torch.arange(3)}, path)
+    save_file({"a.weight": tensor + 1, "b.weight": tensor, "bias": torch.ones(3), "ids": torch.arange(3)}, path)
     check_reads(f"{path}:b.weight", tensor.double().numpy(), mapped=dtype != "bfloat16")
     with pytest.raises(ValueError, match=r"2 tables: add ':NAME' with one of a.weight, b.weight"):
         _readers.read_rows(path)
@@ -326,7 +330,7 @@ def test_reads_text(rows, tmp_path, header, end):
         ("a 1 2\nb 1\n", "line 2 is not a name and 2 numbers"),
         ("a 1 2\nb 1 x\n", "line 2 is not a name and 2 numbers"),
         ("3 2\na 1 2\nb 1 2\n", "has 2 rows, but its first line says 3"),
-        ("1 2\na 1 2\nb 1 2\n", "one line too many for 1 rows"),
+        ("1 2\na 1 2\nb 1 2\n", "line 3 is one too many for the 1 rows"),
     ],
 )
 def test_wrong_text(tmp_path, text, words):

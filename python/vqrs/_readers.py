@@ -189,7 +189,8 @@ def _read_text(path: Path, key: str | None) -> Rows:
             n_rows, dim = int(header[1]), int(header[2])
             lines: Iterator[str] = iter(file)
         else:
-            n_rows = sum(chunk.count("\n") for chunk in iter(lambda: file.read(1 << 20), "")) + 1
+            # The first line, the others, and perhaps a last one without an end.
+            n_rows = 2 + sum(chunk.count("\n") for chunk in iter(lambda: file.read(1 << 20), ""))
             dim = len(first.split()) - 1
             file.seek(0)
             lines = iter(file)
@@ -204,14 +205,14 @@ def _parse_lines(path: Path, lines: Iterator[str], n_rows: int, dim: int, first_
     for number, line in enumerate(lines, start=first_line):
         if not line.strip():
             continue
-        fields = line.rstrip().rsplit(" ", dim)
+        if len(names) == n_rows:
+            raise ValueError(f"{path}: line {number} is one too many for the {n_rows} rows that its first line says")
+        name, *numbers = line.rstrip().rsplit(" ", dim)
         try:
-            values[len(names)] = fields[1:]
-        except (ValueError, IndexError):
-            raise ValueError(
-                f"{path}: line {number} is not a name and {dim} numbers, or one line too many for {n_rows} rows"
-            ) from None
-        names.append(fields[0])
+            values[len(names)] = np.array(numbers, dtype=np.float32).reshape(dim)
+        except ValueError:
+            raise ValueError(f"{path}: line {number} is not a name and {dim} numbers") from None
+        names.append(name)
     return _named(path, values, names, n_rows if first_line == 2 else len(names))
 
 
