@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Literal, TypeVar
 
@@ -310,6 +311,9 @@ class _TableModule(nn.Module):
         try:
             if "codes" in own and "_extra_state" in own:
                 self._load_codes(own)
+                unexpected_keys.extend(
+                    prefix + key for key in own if not re.match(r"(codes|_extra_state)$|decoder\.", key)
+                )
             elif "weight" in own:
                 self._load_weight(own["weight"])
             else:

@@ -123,8 +123,8 @@ class BooksDecoder(Decoder):
         self.bits: int = description["bits"]
         self.stored_scale: float = description["scale"]
         self.stored_dtype: torch.dtype = getattr(torch, description["dtype"])
+        self.groups = [(len(group["starts"]), group["width"]) for group in description["groups"]]
         self.runs = [_runs(group["starts"], group["width"]) for group in description["groups"]]
-        self.n_books = sum(len(group["starts"]) for group in description["groups"])
 
     @staticmethod
     def real_values(description: Mapping[str, Any], stored: Tensors, codes: Tensor) -> dict[str, Tensor]:
@@ -141,12 +141,11 @@ class BooksDecoder(Decoder):
 
     def forward(self, codes: Tensor, ids: Tensor) -> Tensor:
         """Decode rows; see :meth:`Decoder.forward`."""
-        fields = unpack_bits(codes, self.bits, self.n_books)
+        fields = unpack_bits(codes, self.bits, sum(n_books for n_books, _ in self.groups))
         pieces = []
-        for group, runs in enumerate(self.runs):
+        for group, ((n_books, width), runs) in enumerate(zip(self.groups, self.runs, strict=True)):
             books = getattr(self, f"codebooks_{group}")
-            n_books, n_entries, width = books.shape
-            first_entry = torch.arange(n_books, device=codes.device) * n_entries
+            first_entry = torch.arange(n_books, device=codes.device) << self.bits
             entries = F.embedding(fields[:, :n_books] + first_entry, books.flatten(0, 1))
             fields = fields[:, n_books:]
             if not self.trainable:
