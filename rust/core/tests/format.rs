@@ -260,9 +260,12 @@ fn the_size_is_known_before() {
 
 #[test]
 fn bytes_do_not_depend_on_how_codes_arrive() {
-    let (sample, place) = (large(), place());
+    let (sample, place) = (Sample::new(9 << 16, 16), place());
     let expected = bytes_of(&sample);
-    for chunk in [1, 7, 4095, 4096, 4097, 100_000] {
+    fs::write(&place.path, &expected).unwrap();
+    open_fully(&place.path).unwrap();
+
+    for chunk in [7, 4095, 4096, 261_888, 262_144, 300_000, 1 << 20] {
         sample.save_in(&place.path, chunk).unwrap();
         assert!(fs::read(&place.path).unwrap() == expected, "{chunk} rows at a time");
     }
@@ -271,7 +274,7 @@ fn bytes_do_not_depend_on_how_codes_arrive() {
 #[test]
 fn headers_larger_than_a_block() {
     let mut sample = large();
-    for length in [BLOCK - 4096, BLOCK, 3 * BLOCK] {
+    for length in [BLOCK - 4096 - 2000, BLOCK - 4096, BLOCK, 3 * BLOCK, 4 << 20, 5 << 20] {
         sample.layout.metadata.insert("note".into(), "x".repeat(length));
         let place = place();
         assert_eq!(sample.save_in(&place.path, 999).unwrap(), file_size(&sample.layout, sample.rows()).unwrap());
