@@ -304,6 +304,8 @@ def test_wrong_arguments_are_refused() -> None:
         vqrs.torch.Embedding.from_table(make_table(), ratio=8)
     with pytest.raises(TypeError, match="float dtype"):
         vqrs.torch.Embedding.from_pretrained(torch.zeros(50, 8, dtype=torch.int64), method="scalar")
+    with pytest.raises(ValueError, match=r"two dimensions, rows and columns, not shape \(50,\)"):
+        vqrs.torch.Embedding.from_pretrained(torch.zeros(50), method="scalar")
     with pytest.raises(ValueError, match="mode='median'"):
         vqrs.torch.EmbeddingBag.from_table(make_table(), mode="median")
     with pytest.raises(ValueError, match="no parameter 'n_bit'"):

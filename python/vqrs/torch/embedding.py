@@ -176,6 +176,8 @@ class _TableModule(nn.Module):
             arguments = {name: getattr(weight, name) for name in names if hasattr(weight, name)} | arguments
             weight = weight.weight
         weight = torch.as_tensor(weight)
+        if weight.dim() != 2:
+            raise ValueError(f"a weight must have two dimensions, rows and columns, not shape {tuple(weight.shape)}")
         make: Any = cls
         return make(*weight.shape, trainable=trainable, _weight=weight, **arguments)
 
