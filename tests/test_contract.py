@@ -103,7 +103,8 @@ def case_name(kind: str, parameters: dict) -> str:
 
 every_case = pytest.mark.parametrize("case", cases())
 
-few = settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck))
+# There are many cases, so that each gets fewer examples than a single property would.
+few = settings(max_examples=settings().max_examples // 8, deadline=None, suppress_health_check=list(HealthCheck))
 
 
 def largest_value(case) -> float:
