@@ -22,7 +22,8 @@ static POOLS: [OnceLock<Pool>; 128] = [const { OnceLock::new() }; 128];
 /// `VQRS_NUM_THREADS`, `RAYON_NUM_THREADS`, or the cores that this process may use (affinity and cgroup).
 pub fn threads(n_jobs: Option<i64>) -> usize {
     let cores = || std::thread::available_parallelism().map_or(1, |n| n.get());
-    let from_env = |name: &str| std::env::var(name).ok().and_then(|v| v.trim().parse::<usize>().ok()).filter(|n| *n > 0);
+    let from_env =
+        |name: &str| std::env::var(name).ok().and_then(|v| v.trim().parse::<usize>().ok()).filter(|n| *n > 0);
     match n_jobs {
         Some(n) if n > 0 => n as usize,
         Some(n) if n < 0 => (cores() as i64 + 1 + n).max(1) as usize,

@@ -28,7 +28,7 @@ pub fn rows<'py, T: Element>(py: Python<'py>, values: Vec<T>, columns: usize) ->
 
 /// Keeps a buffer alive for the array that looks into it.
 #[pyclass(frozen, module = "vqrs._core")]
-struct Keeper(Buffer);
+struct Keeper(#[expect(dead_code, reason = "owned for its lifetime alone")] Buffer);
 
 /// An array over a buffer's bytes, without copying. bfloat16 comes as uint16.
 pub fn view<'py>(py: Python<'py>, buffer: &Buffer, dtype: Dtype, shape: &[usize]) -> PyResult<Bound<'py, PyAny>> {

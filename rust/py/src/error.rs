@@ -1,6 +1,7 @@
 //! From [`vqrs_core::Error`] to Python's exceptions, in one place.
 
 use pyo3::exceptions::{PyIndexError, PyKeyboardInterrupt, PyOSError, PyRuntimeError, PyValueError};
+use std::io::ErrorKind;
 use pyo3::prelude::*;
 use vqrs_core::Error;
 
@@ -16,15 +17,17 @@ pub fn to_py(error: Error) -> PyErr {
         Error::Id { .. } => PyIndexError::new_err(text),
         Error::Corrupt { .. } => TableCorruptError::new_err(text),
         Error::Version { .. } => TableVersionError::new_err(text),
-        // Python picks FileNotFoundError and its kin by the number.
-        Error::Io { path, source } => match source.raw_os_error() {
-            Some(number) => {
-                let reason = source.to_string();
-                let reason = reason.split(" (os error").next().unwrap_or_default().to_owned();
-                PyOSError::new_err((number, reason, path.display().to_string()))
-            }
-            None => PyOSError::new_err(text),
-        },
+        // Python picks FileNotFoundError and its kin by the number, which wrapped errors have lost.
+        Error::Io { path, source } => {
+            let (number, reason) = match (source.raw_os_error(), source.kind()) {
+                (_, ErrorKind::NotFound) => (2, "No such file or directory".to_owned()),
+                (_, ErrorKind::PermissionDenied) => (13, "Permission denied".to_owned()),
+                (Some(number), _) => (number, source.to_string()),
+                (None, _) => return PyOSError::new_err(text),
+            };
+            let reason = reason.split(" (os error").next().unwrap_or_default().to_owned();
+            PyOSError::new_err((number, reason, path.display().to_string()))
+        }
         Error::Interrupted => PyKeyboardInterrupt::new_err(text),
         Error::Parameter { .. }
         | Error::UnknownKind { .. }

@@ -6,7 +6,7 @@ use numpy::{PyArray1, PyArray2, PyReadonlyArray1, PyReadonlyArray2};
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 use vqrs_core::algo::kmeans::{Init, KMeans, Metric};
-use vqrs_core::algo::kmeans;
+use vqrs_core::algo::assign;
 use vqrs_core::error::Error;
 use vqrs_core::matrix::{Matrix, Sample};
 use vqrs_core::pool::Context;
@@ -99,7 +99,7 @@ pub fn kmeans_predict<'py>(
     let ctx = Context::new(n_jobs, 0);
     let (labels, distances) = long(py, &ctx, None, || {
         x.check()?;
-        kmeans::predict(x, centers, metric, &ctx)
+        assign::predict(x, centers, metric, &ctx)
     })?;
     let labels: Vec<i32> = labels.into_iter().map(|l| l as i32).collect();
     Ok((PyArray1::from_vec(py, labels), PyArray1::from_vec(py, distances)))
@@ -120,7 +120,7 @@ pub fn kmeans_transform<'py>(
     let ctx = Context::new(n_jobs, 0);
     let distances = long(py, &ctx, None, || {
         x.check()?;
-        kmeans::transform(x, centers, metric, &ctx)
+        assign::transform(x, centers, metric, &ctx)
     })?;
     rows(py, distances, centers.rows())
 }

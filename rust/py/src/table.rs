@@ -174,8 +174,8 @@ impl Table {
     }
 
     #[getter]
-    fn path(&self) -> PyResult<Option<PathBuf>> {
-        Ok(self.get()?.file().map(|file| file.path().to_owned()))
+    fn path(&self) -> PyResult<Option<String>> {
+        Ok(self.get()?.file().map(|file| file.path().display().to_string()))
     }
 
     #[getter]

@@ -13,8 +13,11 @@ use std::ops::Range;
 /// How the first centres are chosen.
 #[derive(Clone, Copy, Debug)]
 pub enum Init<'a> {
-    /// k-means++.
+    /// k-means++: greedy, as scikit-learn has it, where the work allows, else as `PlusPlusRounds`.
     PlusPlus,
+    /// k-means++ with several centres a round, on a sub-sample: quantizers cluster hundreds of parts, for which the
+    /// greedy form would take longer than all of Lloyd's iterations, and gain nothing measurable.
+    PlusPlusRounds,
     /// Different rows, drawn by weight.
     Random,
     /// `n_clusters` centres, row-major.
@@ -115,14 +118,14 @@ struct Run {
 const BLOCK: usize = 4096;
 
 impl<'a> KMeans<'a> {
-    /// `n_clusters` clusters, 25 iterations, tolerance 1e-4, one run from k-means++, all rows.
+    /// `n_clusters` clusters, 25 iterations, tolerance 1e-4, one run from k-means++ in rounds, all rows.
     pub fn new(n_clusters: usize) -> Self {
         KMeans {
             n_clusters,
             max_iter: 25,
             tol: 1e-4,
             n_init: 1,
-            init: Init::PlusPlus,
+            init: Init::PlusPlusRounds,
             metric: Metric::Euclidean,
             batch_size: None,
             max_samples: None,
@@ -201,6 +204,7 @@ impl<'a> KMeans<'a> {
     fn run(&self, rows: &Rows, rng: &mut Rng, ctx: &Context) -> Result<Run> {
         let mut centers = match self.init {
             Init::PlusPlus => seeding::plus_plus(rows, self.n_clusters, rng, ctx)?,
+            Init::PlusPlusRounds => seeding::sampled(rows, self.n_clusters, rng, ctx)?,
             Init::Random => seeding::random(rows, self.n_clusters, rng),
             Init::Centers(centers) => centers.to_vec(),
         };

@@ -546,16 +546,22 @@ impl<'a> Solver<'a> {
 
     fn solve(mut self, ctx: &Context) -> Result<Vec<f32>> {
         let width = self.width;
+        let (before, start) = (self.energies(&self.residual), self.centers.clone());
         let mut gradient = self.transpose(&self.residual);
         let mut scaled = self.precondition(&gradient);
         let mut direction = scaled.clone();
         let mut slope = self.dots(&gradient, &scaled);
+        // A gradient this far below the first one is float32's rounding: steps along it would only add noise.
+        let settled: Vec<f64> = slope.iter().map(|s| s * 1e-8).collect();
         let mut image = vec![0f32; self.residual.len()];
         for _ in 0..SOLVE_STEPS {
             ctx.check()?;
             self.apply(&direction, &mut image);
             let curvature = self.energies(&image);
-            let step = |column: usize| if curvature[column] > 0.0 { (slope[column] / curvature[column]) as f32 } else { 0.0 };
+            let step = |column: usize| match slope[column] > settled[column] && curvature[column] > 0.0 {
+                true => (slope[column] / curvature[column]) as f32,
+                false => 0.0,
+            };
             let steps: Vec<f32> = (0..width).map(step).collect();
             let along = |out: &mut [f32], by: &[f32], sign: f32| {
                 for (out, by) in out.chunks_mut(width).zip(by.chunks(width)) {
@@ -574,6 +580,19 @@ impl<'a> Solver<'a> {
             }
             slope = next;
         }
+        self.restore_worse_columns(&start, &before);
         Ok(self.centers)
+    }
+
+    /// Puts back columns whose error rose, by rounding alone, against the codebooks that the solution started from.
+    fn restore_worse_columns(&mut self, start: &[f32], before: &[f64]) {
+        let after = self.energies(&self.residual);
+        for (center, start) in self.centers.chunks_mut(self.width).zip(start.chunks(self.width)) {
+            for column in 0..center.len() {
+                if after[column] > before[column] {
+                    center[column] = start[column];
+                }
+            }
+        }
     }
 }

@@ -247,7 +247,9 @@ impl ScalarQuantizer {
             let rows = data.rows.data()[index * block..].chunks(data.dim()).take(1024);
             let grids = rows.flat_map(|row| row.chunks(size)).map(|values| {
                 let (low, high) = range(values);
-                (rules.minmax(low, high).step, low.abs().max(high.abs()))
+                let reach = low.abs().max(high.abs());
+                // A lower end is rounded down by at most a thousandth, which the steps must then cover as well.
+                (rules.minmax(low, high).step + reach / (1000.0 * rules.top), reach)
             });
             Ok(grids.fold((0f32, 0f32), |(a, b), (c, d)| (a.max(c), b.max(d))))
         })?;

@@ -118,6 +118,7 @@ pub enum Verify {
 pub struct File {
     path: PathBuf,
     source: Arc<dyn Bytes>,
+    mapped: bool,
     verify: Verify,
     header: header::Header,
     tensors: Vec<Tensor>,
@@ -140,7 +141,7 @@ impl File {
         if !decoder.is_empty() {
             mapping.prefetch(decoder.clone());
         }
-        let mut file = File::new(path, Arc::new(mapping), header, verify)?;
+        let mut file = File::new(path, mapping, header, verify)?;
         file.check_footer()?;
         file.check_range(&decoder)?;
         file.tensors = file.decoder_entries().map(|entry| file.tensor(entry)).collect::<Result<_>>()?;
@@ -150,12 +151,13 @@ impl File {
         Ok(file)
     }
 
-    fn new(path: &Path, source: Arc<dyn Bytes>, header: header::Header, verify: Verify) -> Result<File> {
+    fn new(path: &Path, mapping: Mapping, header: header::Header, verify: Verify) -> Result<File> {
         let blocks = header.entries.iter().find(|e| e.is_blocks()).map_or(0..0, Entry::range);
         let shape = &header.entries[0].shape;
         Ok(File {
             path: path.into(),
-            source,
+            mapped: mapping.is_mapped(),
+            source: Arc::new(mapping),
             verify,
             tensors: Vec::new(),
             rows: shape[0] as usize,
@@ -245,6 +247,11 @@ impl File {
     /// True if [`File::touch`] has something to do.
     pub fn is_lazy(&self) -> bool {
         self.verify == Verify::Lazy
+    }
+
+    /// True if the file is mapped, false if it was read into memory.
+    pub fn is_mapped(&self) -> bool {
+        self.mapped
     }
 
     /// True once a page of the mapped file was found missing: zeros were read in its place.
