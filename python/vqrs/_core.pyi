@@ -124,10 +124,15 @@ class Table:
     def info(self) -> str:
         """JSON object: everything in the header (kind, form, parameters, rows, dim, errors, version, tensors, ...)."""
     def lookup(
-        self, ids: NDArray[np.int64] | NDArray[np.int32], out: NDArray[np.float32] | None = None, n_jobs: int | None = None
+        self,
+        ids: NDArray[np.int64] | NDArray[np.int32],
+        out: NDArray[np.float32] | None = None,
+        n_jobs: int | None = None,
     ) -> NDArray[np.float32]:
         """Rows of 1-D ids, float32 (len(ids), dim). Negative ids count from the end."""
-    def decode(self, start: int, stop: int, out: NDArray[np.float32] | None = None, n_jobs: int | None = None) -> NDArray[np.float32]:
+    def decode(
+        self, start: int, stop: int, out: NDArray[np.float32] | None = None, n_jobs: int | None = None
+    ) -> NDArray[np.float32]:
         """Rows start..stop."""
     def pool(
         self,
@@ -140,7 +145,11 @@ class Table:
     ) -> NDArray[np.float32]:
         """Bag b is ids[offsets[b]:offsets[b + 1]], the last one up to the end; empty bags give zeros. float32 (len(offsets), dim)."""
     def search(
-        self, queries: NDArray[np.float32], k: int, metric: Literal["inner_product", "l2", "cosine"], n_jobs: int | None = None
+        self,
+        queries: NDArray[np.float32],
+        k: int,
+        metric: Literal["inner_product", "l2", "cosine"],
+        n_jobs: int | None = None,
     ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
         """Best k rows of each query by exact scan: (scores or squared distances, ids), each (n_queries, min(k, n_rows)), best
         first, ties by lower id. inner_product and cosine: larger is better; l2: squared distance, smaller is better."""
@@ -158,15 +167,15 @@ class Table:
 class TableWriter:
     """Streams a table to a file in bounded memory."""
 
-    def __init__(
-        self,
+    def __new__(
+        cls,
         path: str,
         codec: Codec,
         *,
         names: Sequence[str] | None = None,
         metadata: Mapping[str, str] | None = None,
         durable: bool = True,
-    ) -> None: ...
+    ) -> TableWriter: ...
     def write(
         self,
         x: NDArray[np.float32],
@@ -183,7 +192,11 @@ class TableWriter:
         """Removes what was written."""
 
 def reconstruction_errors(
-    x: NDArray[np.float32], codes: NDArray[np.uint8], codec: Codec, sample_weight: NDArray[np.float64] | None, n_jobs: int | None = None
+    x: NDArray[np.float32],
+    codes: NDArray[np.uint8],
+    codec: Codec,
+    sample_weight: NDArray[np.float64] | None = None,
+    n_jobs: int | None = None,
 ) -> dict[str, float]:
     """``relative`` (squared error over squared norm), ``centred`` (over the squared norm after removing the mean row) and,
     with weights, ``weighted``."""
@@ -192,7 +205,7 @@ def kmeans_fit(
     x: NDArray[np.float32],
     n_clusters: int,
     *,
-    init: str | NDArray[np.float32] = "k-means++",
+    init: str | NDArray[np.float32] | None = None,
     n_init: int = 1,
     sample_weight: NDArray[np.float64] | None = None,
     max_iter: int = 300,
@@ -204,7 +217,7 @@ def kmeans_fit(
     n_jobs: int | None = None,
     progress: Progress | None = None,
 ) -> tuple[NDArray[np.float32], NDArray[np.int32], float, int, int]:
-    """(centers, labels, inertia, n_iter, distinct): ``distinct`` < n_clusters when seeding ran out of distinct rows."""
+    """(centers, labels, inertia, n_iter, distinct): ``init`` None is "k-means++", ``distinct`` < n_clusters when seeding ran out of distinct rows."""
 
 def kmeans_predict(
     x: NDArray[np.float32], centers: NDArray[np.float32], metric: str, n_jobs: int | None = None
