@@ -39,8 +39,9 @@ def relative_error(x: ArrayLike, x_hat: ArrayLike, sample_weight: ArrayLike | No
     x, x_hat = np.asarray(x, dtype=np.float64), np.asarray(x_hat, dtype=np.float64)
     if x.shape != x_hat.shape:
         raise ValueError(f"x has shape {x.shape}, x_hat has shape {x_hat.shape}: they must be equal.")
-    error = np.average(((x - x_hat) ** 2).sum(axis=1), weights=sample_weight)
-    energy = np.average((x**2).sum(axis=1), weights=sample_weight)
+    weights = None if sample_weight is None else np.asarray(sample_weight, dtype=np.float64)
+    error = np.average(((x - x_hat) ** 2).sum(axis=1), weights=weights)
+    energy = np.average((x**2).sum(axis=1), weights=weights)
     if energy == 0:
         return 0.0 if error == 0 else float("inf")
     return float(error / energy)

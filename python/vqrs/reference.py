@@ -122,12 +122,11 @@ def decode(description: str | Mapping[str, Any], tensors: Tensors, codes: NDArra
     >>> decode(description, {}, np.array([[1, 2]], np.float16).view(np.uint8))
     array([[1., 2.]], dtype=float32)
     """
-    if isinstance(description, str):
-        description = json.loads(description)
-    form = description["form"]
+    parsed: Mapping[str, Any] = json.loads(description) if isinstance(description, str) else description
+    form = parsed["form"]
     if form not in FORMS:
         raise ValueError(f"unknown decoder form {form!r}: expected one of {', '.join(sorted(FORMS))}")
-    return FORMS[form](description, tensors, codes)
+    return FORMS[form](parsed, tensors, codes)
 
 
 def decode_books(description: Mapping[str, Any], tensors: Tensors, codes: NDArray[np.uint8]) -> NDArray[np.float32]:
@@ -501,7 +500,7 @@ def pool(
     values = np.asarray(rows, np.float64)
     if weights is not None:
         values = values * np.asarray(weights, np.float64)[:, None]
-    combine = {"sum": np.sum, "mean": np.mean, "max": np.max}[mode]
+    combine: Any = {"sum": np.sum, "mean": np.mean, "max": np.max}[mode]
     bags = np.split(values, np.asarray(offsets)[1:])
     zeros = np.zeros(values.shape[1])
     return np.array([combine(bag, axis=0) if len(bag) else zeros for bag in bags], np.float32)
