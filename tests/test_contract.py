@@ -399,7 +399,9 @@ def test_a_decoded_row_decodes_to_itself(case, recipe):
     codec, codes = fit(case, x)
     decoded = codec.decode(codes)
     again = codec.decode(codec.encode(decoded))
-    assert np.allclose(again, decoded, rtol=1e-6, atol=1e-6 * np.abs(x).max())
+    # A row whose values are nearly equal may find another float16 minimum.
+    rounding = 2.0**-10 if codec.form == "levels" else 0
+    assert np.allclose(again, decoded, rtol=0, atol=rounding * np.abs(x).max())
 
 
 @every_case
