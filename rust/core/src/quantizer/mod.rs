@@ -260,7 +260,8 @@ fn at_row(error: Error, start: usize) -> Error {
     }
 }
 
-/// Sums for the relative errors of a table, over blocks of rows in order.
+/// Sums for the relative errors of a table. Rows are added one after the other, so that it does not matter how they are
+/// cut into blocks.
 #[derive(Clone, Debug, Default)]
 pub struct ErrorSums {
     rows: f64,
@@ -271,38 +272,47 @@ pub struct ErrorSums {
     columns: Vec<f64>,
 }
 
+/// Columns that one task adds up.
+const SUM_COLUMNS: usize = 64;
+
 impl ErrorSums {
     /// Adds rows with their codes; `decoder` says what they became.
-    pub fn add(&mut self, rows: Matrix, codes: &[u8], weights: Option<&[f64]>, decoder: &Decoder, ctx: &Context) -> Result<()> {
+    pub fn add(
+        &mut self,
+        rows: Matrix,
+        codes: &[u8],
+        weights: Option<&[f64]>,
+        decoder: &Decoder,
+        ctx: &Context,
+    ) -> Result<()> {
         let dim = rows.dim();
-        self.columns.resize(dim, 0.0);
-        let parts = ctx.map(rows.rows().div_ceil(BLOCK_ROWS), |index| {
+        let mut parts = vec![(0f64, 0f64); rows.rows()];
+        ctx.chunks(&mut parts, BLOCK_ROWS, |index, parts| {
             let start = index * BLOCK_ROWS;
-            let count = BLOCK_ROWS.min(rows.rows() - start);
-            let mut decoded = vec![0f32; count * dim];
-            decoder.decode(codes, Ids::Range { start, len: count }, &mut decoded);
-            let mut part = ErrorSums { columns: vec![0.0; dim], rows: count as f64, ..Default::default() };
-            for (row, decoded) in decoded.chunks(dim).enumerate() {
+            let mut decoded = vec![0f32; parts.len() * dim];
+            decoder.decode(codes, Ids::Range { start, len: parts.len() }, &mut decoded);
+            for (row, (part, decoded)) in parts.iter_mut().zip(decoded.chunks(dim)).enumerate() {
                 let x = rows.row(start + row);
-                let (error, energy) = (squared_distance(x, decoded), squared_norm(x));
-                let weight = weights.map_or(1.0, |w| w[start + row]);
-                part.error += error;
-                part.energy += energy;
-                part.weighted_error += weight * error;
-                part.weighted_energy += weight * energy;
-                part.columns.iter_mut().zip(x).for_each(|(sum, v)| *sum += f64::from(*v));
+                *part = (squared_distance(x, decoded), squared_norm(x));
             }
-            Ok(part)
+            Ok(())
         })?;
-        for part in parts {
-            self.rows += part.rows;
-            self.error += part.error;
-            self.energy += part.energy;
-            self.weighted_error += part.weighted_error;
-            self.weighted_energy += part.weighted_energy;
-            self.columns.iter_mut().zip(&part.columns).for_each(|(sum, v)| *sum += v);
+        for (row, (error, energy)) in parts.into_iter().enumerate() {
+            let weight = weights.map_or(1.0, |w| w[row]);
+            self.error += error;
+            self.energy += energy;
+            self.weighted_error += weight * error;
+            self.weighted_energy += weight * energy;
         }
-        Ok(())
+        self.rows += rows.rows() as f64;
+        self.columns.resize(dim, 0.0);
+        ctx.chunks(&mut self.columns, SUM_COLUMNS, |index, sums| {
+            for row in rows.data().chunks(dim) {
+                let values = &row[index * SUM_COLUMNS..];
+                sums.iter_mut().zip(values).for_each(|(sum, value)| *sum += f64::from(*value));
+            }
+            Ok(())
+        })
     }
 
     /// `relative`: squared error over squared norm. `centred`: over the squared norm left after removing the mean row.
