@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import vqrs
-from vqrs import _compress
+from vqrs._ladders import ladders_for
 
 
 def errors_of(table):
@@ -51,7 +51,7 @@ def test_nbytes(small_rows, nbytes, budget):
 def test_no_budget_is_ever_passed(n_rows, dim, ratio, seed):
     x = np.random.default_rng(seed).normal(size=(n_rows, dim)).astype(np.float32)
     budget = int(float32_bytes(x) / ratio)
-    if budget < min(ladder[0].nbytes for ladder in _compress._ladders(None, {}, n_rows, dim)):
+    if budget < min(ladder[0].nbytes for ladder in ladders_for(None, {}, n_rows, dim)):
         with pytest.raises(ValueError, match="too few"):
             vqrs.compress(x, ratio=ratio, random_state=seed)
     else:
@@ -281,7 +281,7 @@ def test_a_path_gives_the_same_bytes(memory_map, tmp_path):
 
 def test_streams_of_large_rows(memory_map, tmp_path, monkeypatch):
     """More rows than are fitted: a sample is, and the rest is streamed block by block."""
-    monkeypatch.setattr(_compress, "FIT_ROWS", 5000)
+    monkeypatch.setattr("vqrs._search.FIT_ROWS", 5000)
     monkeypatch.setattr("vqrs._encode.BLOCK_BYTES", 1 << 18)
     streamed = vqrs.compress(memory_map, ratio=10, path=tmp_path / "streamed", random_state=0)
     vqrs.compress(np.array(memory_map), ratio=10, random_state=0).save(tmp_path / "saved")
@@ -301,7 +301,7 @@ def test_streams_of_blocks(memory_map, tmp_path):
 
 
 def test_nan_in_a_stream_leaves_nothing_behind(memory_map, tmp_path, monkeypatch):
-    monkeypatch.setattr(_compress, "FIT_ROWS", 5000)
+    monkeypatch.setattr("vqrs._search.FIT_ROWS", 5000)
     x = np.array(memory_map)
     x[12_345, 3] = np.nan
     folder = tmp_path / "tables"

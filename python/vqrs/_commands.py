@@ -48,11 +48,18 @@ def _no_options() -> None:
     """Without a callback typer would run a lone command under no name."""
 
 
-@app.command()
+_PARAMETERS = {entry["name"]: entry["parameters"] for entry in vqrs.kinds()}
+
+
+@app.command(
+    epilog="Parameters for --set: " + "; ".join(f"{kind}: {', '.join(of)}" for kind, of in _PARAMETERS.items())
+)
 def compress(
     source: Annotated[str, typer.Argument(metavar="IN", help="The rows.", show_default=False)],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The table file to write.", show_default=False)],
-    method: Annotated[str | None, typer.Option(help="A kind; chosen by default.", show_default=False)] = None,
+    method: Annotated[
+        str | None, typer.Option(help=f"{', '.join(_PARAMETERS)}; chosen by default.", show_default=False)
+    ] = None,
     ratio: Annotated[float | None, typer.Option(help="Least ratio to float32.", show_default=False)] = None,
     n_bytes: Annotated[
         str | None,
@@ -108,7 +115,7 @@ def info(table: TableFile, as_json: Json = False) -> None:
 
 @app.command()
 def verify(table: TableFile, as_json: Json = False) -> int:
-    """Compare every byte of a table with its checksums; exit code 1 if it is damaged."""
+    """Look at every byte of a table; exit code 1 if it is damaged."""
     try:
         with vqrs.open(table) as opened:
             opened.verify()
@@ -158,7 +165,7 @@ def run_demo(
     out: Annotated[Path, typer.Option(help="Folder for the tables.")] = Path("demo-tables"),
     as_json: Json = False,
 ) -> None:
-    """Compress the token table of all-MiniLM-L6-v2 at three ratios and look at what is left of it."""
+    """Compress a real token table and look at what is left."""
     with _progress_bar() as progress:
         results = demo.run(out, progress)
     if as_json:
@@ -173,9 +180,8 @@ def run_demo(
 
 def _read_settings(method: str | None, settings: list[str]) -> dict[str, Any]:
     """``name=value`` texts, checked against the parameters of the method."""
-    kinds = {entry["name"]: entry["parameters"] for entry in vqrs.kinds()}
-    if method is not None and method not in kinds:
-        raise typer.BadParameter(f"there is no method {method!r}; there are {', '.join(kinds)}.")
+    if method is not None and method not in _PARAMETERS:
+        raise typer.BadParameter(f"there is no method {method!r}; there are {', '.join(_PARAMETERS)}.")
     if method is None and settings:
         raise typer.BadParameter("--set needs --method.")
     parameters = {}
@@ -183,8 +189,8 @@ def _read_settings(method: str | None, settings: list[str]) -> dict[str, Any]:
         name, equals, value = setting.partition("=")
         if not equals:
             raise typer.BadParameter(f"--set {setting}: expected NAME=VALUE.")
-        if name not in kinds[method]:
-            raise typer.BadParameter(f"{method} has no parameter {name!r}; it has {', '.join(kinds[method])}.")
+        if name not in _PARAMETERS[method]:
+            raise typer.BadParameter(f"{method} has no parameter {name!r}; it has {', '.join(_PARAMETERS[method])}.")
         parameters[name] = _literal(value)
     return parameters
 
@@ -336,6 +342,8 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, st
 def _print_rows(title: str, rows: list[list[str]]) -> None:
     """Rows of texts, in columns."""
     shown = RichTable(title=title, title_justify="left", show_header=False)
+    for _ in rows[0]:
+        shown.add_column(overflow="fold")
     for row in rows:
         shown.add_row(*row)
     Console(markup=False, highlight=False).print(shown)

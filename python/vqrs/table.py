@@ -168,14 +168,17 @@ class Table:
         Returns
         -------
         dict
-            What the file's header says (kind, parameters, decoder, library), ``path``, ``nbytes``,
-            ``float32_nbytes``, ``ratio``, ``bits_per_value`` (all bytes counted), and ``errors``: ``relative`` (squared
-            error over squared norm), ``centred`` (the same after removing the mean row), ``weighted`` if the rows had
-            weights, and ``gaussian_bound``, the least relative error of any code of as many bits on Gaussian rows of
-            the same covariance.
+            What the file's header says (kind, parameters, decoder, library), ``path``, ``tensors`` (shapes of the codes
+            and of what decodes them), ``nbytes``, ``float32_nbytes``, ``ratio``, ``bits_per_value`` (all bytes
+            counted), and ``errors``: ``relative`` (squared error over squared norm), ``centred`` (the same after
+            removing the mean row), ``weighted`` if the rows had weights, and ``gaussian_bound``, the least relative
+            error of any code of as many bits on Gaussian rows of the same covariance.
         """
         return json.loads(self._core.info()) | {
             "path": self.path,
+            "tensors": {
+                name: list(tensor.shape) for name, tensor in ({"codes": self.codes} | self._core.tensors()).items()
+            },
             "nbytes": self.nbytes,
             "float32_nbytes": 4 * self.size,
             "ratio": self.ratio,
