@@ -204,7 +204,7 @@ impl<'a> KMeans<'a> {
     fn run(&self, rows: &Rows, rng: &mut Rng, ctx: &Context) -> Result<Run> {
         let mut centers = match self.init {
             Init::PlusPlus => seeding::plus_plus(rows, self.n_clusters, rng, ctx)?,
-            Init::PlusPlusRounds => seeding::sampled(rows, self.n_clusters, rng, ctx)?,
+            Init::PlusPlusRounds => seeding::in_rounds(rows, self.n_clusters, rng, ctx)?,
             Init::Random => seeding::random(rows, self.n_clusters, rng),
             Init::Centers(centers) => centers.to_vec(),
         };
@@ -831,11 +831,11 @@ mod tests {
         let columns = Columns::contiguous(&x, width);
         let all = Rows { x: columns, weights: None };
         // Through the function for large problems, whatever the size of this one.
-        let centers = seeding::sampled(&all, 2, &mut Rng::new(1), &ctx(1)).unwrap();
+        let centers = seeding::in_rounds(&all, 2, &mut Rng::new(1), &ctx(1)).unwrap();
         assert_eq!(centers.len(), 2);
         let x = clustered(11, 5000, 3, 300);
         let rows = Rows { x: Columns::contiguous(&x, 3), weights: None };
-        let centers = seeding::sampled(&rows, 300, &mut Rng::new(2), &ctx(2)).unwrap();
+        let centers = seeding::in_rounds(&rows, 300, &mut Rng::new(2), &ctx(2)).unwrap();
         let run = assigned(&rows, centers, 0, &ctx(2)).unwrap();
         let greedy = assigned(&rows, seeding::plus_plus(&rows, 300, &mut Rng::new(2), &ctx(2)).unwrap(), 0, &ctx(2));
         assert!(run.inertia < 2.5 * greedy.unwrap().inertia);

@@ -83,6 +83,8 @@ pub struct Centroids {
     /// `[block][column][centre]`, moved.
     blocks: Vec<f32>,
     half_norms: Vec<f32>,
+    /// 0, 1, ... up to the last centre of the last block.
+    labels: Vec<u32>,
     /// The largest norm of a moved centre.
     reach: f64,
     /// `[panel][column][centre]`, not moved; packed on first use.
@@ -118,6 +120,7 @@ impl Centroids {
             centers: centers.to_vec(),
             blocks: interleave(&moved, width, kernels.block_centers),
             shift,
+            labels: (0..half_norms.len() as u32).collect(),
             half_norms,
             reach: norms.iter().fold(0.0, |a: f64, b| a.max(*b)).sqrt(),
             panels: OnceLock::new(),
@@ -294,8 +297,13 @@ impl Scratch {
         let padded = x.rows.next_multiple_of(kernels.panel_rows);
         let rows = &mut self.panels[..padded * centroids.width];
         (kernels.pack)(x.data, x.stride, x.rows, &centroids.shift, rows);
-        let panels =
-            Panels { width: centroids.width, rows, centers: &centroids.blocks, half_norms: &centroids.half_norms };
+        let panels = Panels {
+            width: centroids.width,
+            rows,
+            centers: &centroids.blocks,
+            half_norms: &centroids.half_norms,
+            labels: &centroids.labels,
+        };
         let second = if self.second.is_empty() { 0 } else { padded };
         (kernels.nearest)(&panels, &mut self.labels[..padded], &mut self.best[..padded], &mut self.second[..second]);
     }
@@ -329,23 +337,31 @@ fn interleave(rows: &[f32], width: usize, group: usize) -> Vec<f32> {
     out
 }
 
-/// The squared distance in float64, values added in order.
+/// The squared distance in float64.
 pub fn squared_distance(a: &[f32], b: &[f32]) -> f64 {
     bounded_distance(a, b, f64::INFINITY)
 }
 
 /// [`squared_distance`], or something above `limit` as soon as that is certain.
 fn bounded_distance(a: &[f32], b: &[f32], limit: f64) -> f64 {
-    let mut sum = 0.0;
-    for (a, b) in a.chunks(16).zip(b.chunks(16)) {
-        for (a, b) in a.iter().zip(b) {
-            sum += (f64::from(*a) - f64::from(*b)).powi(2);
+    let square = |a: &f32, b: &f32| (f64::from(*a) - f64::from(*b)) * (f64::from(*a) - f64::from(*b));
+    let mut total = 0.0;
+    for (a, b) in a.chunks(64).zip(b.chunks(64)) {
+        // Several running sums, so that the compiler can use vectors.
+        let mut sums = [0.0f64; 8];
+        let (mut a, mut b) = (a.chunks_exact(8), b.chunks_exact(8));
+        for (a, b) in (&mut a).zip(&mut b) {
+            for t in 0..8 {
+                sums[t] += square(&a[t], &b[t]);
+            }
         }
-        if sum > limit {
+        let rest: f64 = a.remainder().iter().zip(b.remainder()).map(|(a, b)| square(a, b)).sum();
+        total += sums.iter().sum::<f64>() + rest;
+        if total > limit {
             break;
         }
     }
-    sum
+    total
 }
 
 /// The squared distance in float32: eight running sums, so that the compiler can use vectors.

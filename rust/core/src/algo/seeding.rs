@@ -29,11 +29,11 @@ pub(super) fn plus_plus(rows: &Rows, count: usize, rng: &mut Rng, ctx: &Context)
     if n.saturating_mul(count).saturating_mul(width) <= GREEDY_WORK {
         return greedy(rows, count, rng, ctx);
     }
-    sampled(rows, count, rng, ctx)
+    in_rounds(rows, count, rng, ctx)
 }
 
 /// Seeding from a sub-sample; from all rows only if that has too few distinct ones.
-pub(super) fn sampled(rows: &Rows, count: usize, rng: &mut Rng, ctx: &Context) -> Result<Vec<f32>> {
+pub(super) fn in_rounds(rows: &Rows, count: usize, rng: &mut Rng, ctx: &Context) -> Result<Vec<f32>> {
     let (n, width) = (rows.x.rows(), rows.x.width());
     let batch = count.div_ceil(ROUNDS);
     let sample = rng.sample(n, count.saturating_mul(SEED_ROWS));

@@ -209,6 +209,8 @@ pub struct Panels<'a> {
     pub centers: &'a [f32],
     /// Half of each centre's squared norm; infinity for centres that only fill the last block.
     pub half_norms: &'a [f32],
+    /// What to write for each centre: 0, 1, ... A load from here is cheaper than making the numbers in the loop.
+    pub labels: &'a [u32],
 }
 
 /// Row-major rows, and centres in panels of [`Kernels::panel_centers`].
@@ -360,6 +362,7 @@ mod check {
         assert_eq!(panels.rows.len(), labels.len() * panels.width, "packed rows");
         assert_eq!(panels.centers.len(), panels.half_norms.len() * panels.width, "packed centres");
         assert!(panels.half_norms.len().is_multiple_of(block), "blocks of centres");
+        assert_eq!(panels.half_norms.len(), panels.labels.len(), "labels of centres");
         assert!(best.len() == labels.len() && (second.is_empty() || second.len() == labels.len()), "scores");
     }
 

@@ -132,13 +132,13 @@ fn field(tail: &[u8], bits: u32, index: usize) -> usize {
     }
 }
 
-/// The codes of a row. `BYTES`: they are whole bytes.
+/// Code `index` of the row that starts `tail`. `BITS`: 8 or 4 if that is known, else 0.
 #[inline(always)]
-fn code<const BYTES: bool>(tail: &[u8], bits: u32, index: usize) -> usize {
-    if BYTES {
-        tail[index] as usize
-    } else {
-        field(tail, bits, index)
+fn code<const BITS: u32>(tail: &[u8], bits: u32, index: usize) -> usize {
+    match BITS {
+        8 => tail[index] as usize,
+        4 => (tail[index / 2] >> (index % 2 * 4) & 15) as usize,
+        _ => field(tail, bits, index),
     }
 }
 
@@ -162,6 +162,8 @@ fn row_codes<'a, S: Widen>(codes: &'a [u8], row_bytes: usize, ids: &Ids, positio
 enum Form {
     /// Narrow parts of equal width side by side: gather the entries of several rows, then convert them in one go.
     Narrow,
+    /// Parts of equal width side by side, wide enough for vectors.
+    Wide,
     /// Full rows that are added: sum in registers.
     Sum,
     /// Everything else, book after book.
@@ -174,8 +176,12 @@ fn form(view: &BooksView, lanes: usize) -> Form {
         return Form::Any;
     }
     let beside = view.books.iter().enumerate().all(|(m, book)| book.store && book.start == m * book.width);
-    if beside && first.width < lanes && view.books.len() * first.width == view.dim && view.dim <= SCRATCH {
-        return Form::Narrow;
+    if beside && view.books.len() * first.width == view.dim {
+        match first.width {
+            width if width >= lanes => return Form::Wide,
+            1 | 2 | 3 | 4 | 6 if view.dim <= SCRATCH => return Form::Narrow,
+            _ => return Form::Any,
+        }
     }
     let added = (first.store || view.zero_first) && view.books[1..].iter().all(|book| !book.store);
     if added && first.width == view.dim {
@@ -195,25 +201,29 @@ pub(super) unsafe fn lookup_books<S: Widen>(view: &BooksView, codes: &[u8], ids:
     // SAFETY: the view was checked; the instruction set is the caller's.
     unsafe {
         match view.bits {
-            8 => lookup_coded::<S, true>(view, codes, ids, out),
-            _ => lookup_coded::<S, false>(view, codes, ids, out),
+            8 => lookup_coded::<S, 8>(view, codes, ids, out),
+            4 => lookup_coded::<S, 4>(view, codes, ids, out),
+            _ => lookup_coded::<S, 0>(view, codes, ids, out),
         }
     }
 }
 
 #[inline(always)]
-unsafe fn lookup_coded<S: Widen, const BYTES: bool>(view: &BooksView, codes: &[u8], ids: Ids, out: &mut [f32]) {
+unsafe fn lookup_coded<S: Widen, const BITS: u32>(view: &BooksView, codes: &[u8], ids: Ids, out: &mut [f32]) {
     let entries = view.books.first().map(|book| book.entries);
     // SAFETY: a form promises that all books have the type of the first.
     unsafe {
         match (form(view, S::LANES), entries) {
-            (Form::Narrow, Some(Values::F32(_))) => narrow::<S, f32, BYTES>(view, codes, ids, out),
-            (Form::Narrow, Some(Values::F16(_))) => narrow::<S, F16, BYTES>(view, codes, ids, out),
-            (Form::Narrow, Some(Values::Bf16(_))) => narrow::<S, Bf16, BYTES>(view, codes, ids, out),
-            (Form::Sum, Some(Values::F32(_))) => sum::<S, f32, BYTES>(view, codes, ids, out),
-            (Form::Sum, Some(Values::F16(_))) => sum::<S, F16, BYTES>(view, codes, ids, out),
-            (Form::Sum, Some(Values::Bf16(_))) => sum::<S, Bf16, BYTES>(view, codes, ids, out),
-            _ => any::<S, BYTES>(view, codes, ids, out),
+            (Form::Narrow, Some(Values::F32(_))) => narrow::<S, f32, BITS>(view, codes, ids, out),
+            (Form::Narrow, Some(Values::F16(_))) => narrow::<S, F16, BITS>(view, codes, ids, out),
+            (Form::Narrow, Some(Values::Bf16(_))) => narrow::<S, Bf16, BITS>(view, codes, ids, out),
+            (Form::Wide, Some(Values::F32(_))) => wide::<S, f32, BITS>(view, codes, ids, out),
+            (Form::Wide, Some(Values::F16(_))) => wide::<S, F16, BITS>(view, codes, ids, out),
+            (Form::Wide, Some(Values::Bf16(_))) => wide::<S, Bf16, BITS>(view, codes, ids, out),
+            (Form::Sum, Some(Values::F32(_))) => sum::<S, f32, BITS>(view, codes, ids, out),
+            (Form::Sum, Some(Values::F16(_))) => sum::<S, F16, BITS>(view, codes, ids, out),
+            (Form::Sum, Some(Values::Bf16(_))) => sum::<S, Bf16, BITS>(view, codes, ids, out),
+            _ => any::<S, BITS>(view, codes, ids, out),
         }
     }
 }
@@ -226,14 +236,14 @@ fn first_entry<T>(values: Values) -> *const T {
 }
 
 #[inline(always)]
-unsafe fn any<S: Widen, const BYTES: bool>(view: &BooksView, codes: &[u8], ids: Ids, out: &mut [f32]) {
+unsafe fn any<S: Widen, const BITS: u32>(view: &BooksView, codes: &[u8], ids: Ids, out: &mut [f32]) {
     for (position, out) in out.chunks_exact_mut(view.dim).enumerate() {
         let tail = row_codes::<S>(codes, view.row_bytes, &ids, position);
         if view.zero_first {
             out.fill(0.0);
         }
         for (m, book) in view.books.iter().enumerate() {
-            let first = code::<BYTES>(tail, view.bits, m) * book.width;
+            let first = code::<BITS>(tail, view.bits, m) * book.width;
             let out = &mut out[book.start..book.start + book.width];
             // SAFETY: a code is below 2^bits and the book has `width << bits` values.
             unsafe {
@@ -269,15 +279,54 @@ unsafe fn place<S: Widen, E: Entry>(entry: *const E, scale: f32, store: bool, ou
     }
 }
 
+#[inline(always)]
+unsafe fn wide<S: Widen, E: Entry, const BITS: u32>(view: &BooksView, codes: &[u8], ids: Ids, out: &mut [f32]) {
+    // SAFETY: the vectors that are promised are those of the width.
+    unsafe {
+        match view.books[0].width {
+            width if width == S::LANES => parts::<S, E, 1, BITS>(view, codes, ids, out),
+            width if width == 2 * S::LANES => parts::<S, E, 2, BITS>(view, codes, ids, out),
+            _ => parts::<S, E, 0, BITS>(view, codes, ids, out),
+        }
+    }
+}
+
+/// `VECTORS`: vectors of a part if they are 1 or 2 and cover it, else 0.
+#[inline(always)]
+unsafe fn parts<S: Widen, E: Entry, const VECTORS: usize, const BITS: u32>(
+    view: &BooksView,
+    codes: &[u8],
+    ids: Ids,
+    out: &mut [f32],
+) {
+    let books: Vec<*const E> = view.books.iter().map(|book| first_entry(book.entries)).collect();
+    let width = if VECTORS == 0 { view.books[0].width } else { VECTORS * S::LANES };
+    for (position, out) in out.chunks_exact_mut(view.dim).enumerate() {
+        let tail = row_codes::<S>(codes, view.row_bytes, &ids, position);
+        for (m, out) in out.chunks_exact_mut(width).enumerate() {
+            // SAFETY: a code is below 2^bits and the book has `width << bits` values. The last vector of a part ends with
+            // it and may overlap the one before.
+            unsafe {
+                let entry = books[m].add(code::<BITS>(tail, view.bits, m) * width);
+                let scale = S::splat(view.scale);
+                for t in (0..width).step_by(S::LANES) {
+                    let t = if VECTORS == 0 { t.min(width - S::LANES) } else { t };
+                    E::load::<S>(entry.add(t)).mul(scale).store(out.as_mut_ptr().add(t));
+                }
+            }
+        }
+    }
+}
+
 /// Vectors of a row that [`sum`] keeps in registers.
 const SUMS: usize = 4;
 
 #[inline(always)]
-unsafe fn sum<S: Widen, E: Entry, const BYTES: bool>(view: &BooksView, codes: &[u8], ids: Ids, out: &mut [f32]) {
+unsafe fn sum<S: Widen, E: Entry, const BITS: u32>(view: &BooksView, codes: &[u8], ids: Ids, out: &mut [f32]) {
     let books: Vec<*const E> = view.books.iter().map(|book| first_entry(book.entries)).collect();
     for (position, out) in out.chunks_exact_mut(view.dim).enumerate() {
         let tail = row_codes::<S>(codes, view.row_bytes, &ids, position);
-        let entry = |m: usize| books[m].wrapping_add(code::<BYTES>(tail, view.bits, m) * view.dim);
+        let entry = |m: usize| books[m].wrapping_add(code::<BITS>(tail, view.bits, m) * view.dim);
         let mut t = 0;
         // SAFETY: a code is below 2^bits and each book has `dim << bits` values; `t` stays inside the row.
         unsafe {
@@ -331,22 +380,22 @@ unsafe fn sum_columns<S: Widen, E: Entry, const N: usize>(
 const SCRATCH: usize = 1024;
 
 #[inline(always)]
-unsafe fn narrow<S: Widen, E: Entry, const BYTES: bool>(view: &BooksView, codes: &[u8], ids: Ids, out: &mut [f32]) {
+unsafe fn narrow<S: Widen, E: Entry, const BITS: u32>(view: &BooksView, codes: &[u8], ids: Ids, out: &mut [f32]) {
     // SAFETY: the width that is matched is the width of the books.
     unsafe {
         match view.books[0].width {
-            1 => gather::<S, E, 1, BYTES>(view, codes, ids, out),
-            2 => gather::<S, E, 2, BYTES>(view, codes, ids, out),
-            3 => gather::<S, E, 3, BYTES>(view, codes, ids, out),
-            4 => gather::<S, E, 4, BYTES>(view, codes, ids, out),
-            6 => gather::<S, E, 6, BYTES>(view, codes, ids, out),
-            _ => any::<S, BYTES>(view, codes, ids, out),
+            1 => gather::<S, E, 1, BITS>(view, codes, ids, out),
+            2 => gather::<S, E, 2, BITS>(view, codes, ids, out),
+            3 => gather::<S, E, 3, BITS>(view, codes, ids, out),
+            4 => gather::<S, E, 4, BITS>(view, codes, ids, out),
+            6 => gather::<S, E, 6, BITS>(view, codes, ids, out),
+            _ => any::<S, BITS>(view, codes, ids, out),
         }
     }
 }
 
 #[inline(always)]
-unsafe fn gather<S: Widen, E: Entry, const WIDTH: usize, const BYTES: bool>(
+unsafe fn gather<S: Widen, E: Entry, const WIDTH: usize, const BITS: u32>(
     view: &BooksView,
     codes: &[u8],
     ids: Ids,
@@ -363,7 +412,7 @@ unsafe fn gather<S: Widen, E: Entry, const WIDTH: usize, const BYTES: bool>(
                 // SAFETY: a code is below 2^bits, which is the number of entries; `rows` rows of `dim` values fit the
                 // scratch.
                 unsafe {
-                    to.write(*book.add(code::<BYTES>(tail, view.bits, m)));
+                    to.write(*book.add(code::<BITS>(tail, view.bits, m)));
                     to = to.add(1);
                 }
             }
@@ -540,53 +589,162 @@ pub(super) unsafe fn nearest<S: Simd, const NV: usize, const NC: usize>(
     labels.fill(0);
     best.fill(f32::INFINITY);
     second.fill(f32::INFINITY);
-    // SAFETY: everything was checked; the instruction set is the caller's. Widths of product quantization get loops
-    // without a counter.
+    let seconds = !second.is_empty();
+    // SAFETY: everything was checked; the instruction set is the caller's.
     unsafe {
-        match (second.is_empty(), panels.width) {
-            (false, _) => tiles::<S, NV, NC, 0, true>(panels, labels, best, second),
-            (true, 2) => tiles::<S, NV, NC, 2, false>(panels, labels, best, second),
-            (true, 4) => tiles::<S, NV, NC, 4, false>(panels, labels, best, second),
-            (true, 8) => tiles::<S, NV, NC, 8, false>(panels, labels, best, second),
-            (true, _) => tiles::<S, NV, NC, 0, false>(panels, labels, best, second),
+        match (panels.width, seconds) {
+            (1, _) => narrow_rows::<S, NV, NC, 1>(panels, labels, best, second),
+            (2, _) => narrow_rows::<S, NV, NC, 2>(panels, labels, best, second),
+            (3, _) => narrow_rows::<S, NV, NC, 3>(panels, labels, best, second),
+            (4, _) => narrow_rows::<S, NV, NC, 4>(panels, labels, best, second),
+            (_, false) => tiles::<S, NV, NC, false>(panels, labels, best, second),
+            (_, true) => tiles::<S, NV, NC, true>(panels, labels, best, second),
         }
     }
 }
 
-/// `WIDTH` 0: known at run time only. `SECOND`: keep the second lowest score too.
+/// The lowest scores of a vector of rows so far, and whose they are. Labels travel as bit patterns of `f32`, which
+/// selections do not change.
+#[derive(Clone, Copy)]
+struct Lowest<S> {
+    best: S,
+    second: S,
+    label: S,
+}
+
+impl<S: Simd> Lowest<S> {
+    /// Reads the entries from `at`; `second` only if `SECOND`.
+    #[inline(always)]
+    unsafe fn load<const SECOND: bool>(labels: &[u32], best: &[f32], second: &[f32], at: usize) -> Self {
+        // SAFETY: the caller's slices have a vector from `at`.
+        unsafe {
+            let best = S::load(best.as_ptr().add(at));
+            let second = if SECOND { S::load(second.as_ptr().add(at)) } else { best };
+            Lowest { best, second, label: S::load(labels.as_ptr().add(at).cast()) }
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn store<const SECOND: bool>(self, labels: &mut [u32], best: &mut [f32], second: &mut [f32], at: usize) {
+        // SAFETY: the caller's slices have a vector from `at`.
+        unsafe {
+            self.best.store(best.as_mut_ptr().add(at));
+            self.label.store(labels.as_mut_ptr().add(at).cast());
+            if SECOND {
+                self.second.store(second.as_mut_ptr().add(at));
+            }
+        }
+    }
+
+    /// Takes note of the scores of the centre `label`.
+    #[inline(always)]
+    unsafe fn update<const SECOND: bool>(&mut self, score: S, label: S) {
+        // SAFETY: the instruction set is the caller's.
+        unsafe {
+            if SECOND {
+                self.second = score.max(self.best).min(self.second);
+            }
+            self.label = score.less(self.best, label, self.label);
+            self.best = score.min(self.best);
+        }
+    }
+}
+
+/// Up to 4 columns: all vectors of a panel at once, unless the second scores need their registers.
 #[inline(always)]
-unsafe fn tiles<S: Simd, const NV: usize, const NC: usize, const WIDTH: usize, const SECOND: bool>(
+unsafe fn narrow_rows<S: Simd, const NV: usize, const NC: usize, const WIDTH: usize>(
     panels: &Panels,
     labels: &mut [u32],
     best: &mut [f32],
     second: &mut [f32],
 ) {
-    let width = if WIDTH == 0 { panels.width } else { WIDTH };
+    // SAFETY: passed on to the caller.
+    unsafe {
+        if second.is_empty() {
+            rows_in_registers::<S, NV, NC, WIDTH, NV, false>(panels, labels, best, second);
+        } else {
+            rows_in_registers::<S, NV, NC, WIDTH, 1, true>(panels, labels, best, second);
+        }
+    }
+}
+
+/// Few columns, as in product quantization: `VECTORS` vectors of rows stay in registers while all centres pass by.
+#[inline(always)]
+unsafe fn rows_in_registers<
+    S: Simd,
+    const NV: usize,
+    const NC: usize,
+    const WIDTH: usize,
+    const VECTORS: usize,
+    const SECOND: bool,
+>(
+    panels: &Panels,
+    labels: &mut [u32],
+    best: &mut [f32],
+    second: &mut [f32],
+) {
+    // Unrolled by the compiler, the loop over the centres of a block would keep more in flight than there are registers.
+    let block_centers = std::hint::black_box(NC);
+    for at in (0..labels.len()).step_by(VECTORS * S::LANES) {
+        let (panel, v0) = (at / (NV * S::LANES), at / S::LANES % NV);
+        // SAFETY: `VECTORS` divides `NV`, so that the vectors from `at` belong to one panel; blocks are whole.
+        unsafe {
+            let rows = panels.rows.as_ptr().add((panel * WIDTH * NV + v0) * S::LANES);
+            let mut x = [[S::splat(0.0); VECTORS]; WIDTH];
+            let mut low = [Lowest { best: x[0][0], second: x[0][0], label: x[0][0] }; VECTORS];
+            for v in 0..VECTORS {
+                for t in 0..WIDTH {
+                    x[t][v] = S::load(rows.add((t * NV + v) * S::LANES));
+                }
+                low[v] = Lowest::load::<SECOND>(labels, best, second, at + v * S::LANES);
+            }
+            let blocks = panels.half_norms.chunks_exact(NC).zip(panels.labels.chunks_exact(NC));
+            for (block, (half_norms, names)) in blocks.enumerate() {
+                let centers = panels.centers.as_ptr().add(block * WIDTH * NC);
+                for j in 0..block_centers {
+                    let mut score = [S::splat(*half_norms.as_ptr().add(j)); VECTORS];
+                    for t in 0..WIDTH {
+                        let c = S::splat(*centers.add(t * NC + j));
+                        for v in 0..VECTORS {
+                            score[v] = x[t][v].fnma(c, score[v]);
+                        }
+                    }
+                    let label = S::splat(f32::from_bits(*names.as_ptr().add(j)));
+                    for v in 0..VECTORS {
+                        low[v].update::<SECOND>(score[v], label);
+                    }
+                }
+            }
+            for v in 0..VECTORS {
+                low[v].store::<SECOND>(labels, best, second, at + v * S::LANES);
+            }
+        }
+    }
+}
+
+/// Any number of columns: blocks of centres against panels of rows.
+#[inline(always)]
+unsafe fn tiles<S: Simd, const NV: usize, const NC: usize, const SECOND: bool>(
+    panels: &Panels,
+    labels: &mut [u32],
+    best: &mut [f32],
+    second: &mut [f32],
+) {
+    let width = panels.width;
     let blocks = panels.centers.chunks_exact(width * NC).zip(panels.half_norms.chunks_exact(NC));
-    for (block, (centers, half_norms)) in blocks.enumerate() {
+    for ((centers, half_norms), names) in blocks.zip(panels.labels.chunks_exact(NC)) {
         for (panel, rows) in panels.rows.chunks_exact(width * NV * S::LANES).enumerate() {
             // SAFETY: a block has `width * NC` values and a panel `width * NV * LANES`; scores and labels have
-            // `NV * LANES` entries a panel. Labels travel as bit patterns of `f32`, which selections do not change.
+            // `NV * LANES` entries a panel.
             unsafe {
                 let scores = tile::<S, NV, NC>(rows.as_ptr(), centers.as_ptr(), half_norms.as_ptr(), width);
                 for v in 0..NV {
                     let at = (panel * NV + v) * S::LANES;
-                    let (best, label) = (best.as_mut_ptr().add(at), labels.as_mut_ptr().add(at).cast::<f32>());
-                    let (mut low, mut id) = (S::load(best), S::load(label));
-                    let mut next = if SECOND { S::load(second.as_ptr().add(at)) } else { low };
+                    let mut low = Lowest::<S>::load::<SECOND>(labels, best, second, at);
                     for j in 0..NC {
-                        let (score, name) = (scores[j][v], S::splat(f32::from_bits((block * NC + j) as u32)));
-                        if SECOND {
-                            next = score.max(low).min(next);
-                        }
-                        id = score.less(low, name, id);
-                        low = score.min(low);
+                        low.update::<SECOND>(scores[j][v], S::splat(f32::from_bits(names[j])));
                     }
-                    low.store(best);
-                    id.store(label);
-                    if SECOND {
-                        next.store(second.as_mut_ptr().add(at));
-                    }
+                    low.store::<SECOND>(labels, best, second, at);
                 }
             }
         }

@@ -139,7 +139,8 @@ proptest! {
                 true => (0..width).map(|t| center(j, t).powi(2)).sum::<f32>() / 2.0,
                 false => f32::INFINITY,
             }).collect();
-            let task = Panels { width, rows: &panels, centers: &packed, half_norms: &half_norms };
+            let names: Vec<u32> = (0..total as u32).collect();
+            let task = Panels { width, rows: &panels, centers: &packed, half_norms: &half_norms, labels: &names };
             let (mut labels, mut best, mut second) = (vec![7; padded], vec![0.0; padded], vec![0.0; padded]);
             (kernels.nearest)(&task, &mut labels, &mut best, &mut second);
             let (mut alone, mut lowest) = (vec![9; padded], vec![0.0; padded]);

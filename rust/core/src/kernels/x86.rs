@@ -92,7 +92,7 @@ fn pack<const PANEL: usize>(x: &[f32], stride: usize, rows: usize, shift: &[f32]
     unsafe { pack_panels::<PANEL>(x, stride, rows, shift, out) }
 }
 
-/// Squares of 8 rows and 8 columns are turned in registers; the edges are left to the plain loop.
+/// Squares of 8 rows and 8 columns, or 4 and 4, are turned in registers; the edges are left to plain loops.
 #[target_feature(enable = "avx2,fma,f16c")]
 unsafe fn pack_panels<const PANEL: usize>(x: &[f32], stride: usize, rows: usize, shift: &[f32], out: &mut [f32]) {
     let (width, whole) = (shift.len(), shift.len() - shift.len() % 8);
@@ -111,7 +111,19 @@ unsafe fn pack_panels<const PANEL: usize>(x: &[f32], stride: usize, rows: usize,
                     transpose(from, stride, shift, out.as_mut_ptr().add(t * PANEL + group), PANEL);
                 }
             }
-            for t in whole..width {
+            let mut rest = whole;
+            if width - rest >= 4 {
+                for r in [group, group + 4] {
+                    // SAFETY: rows `first + r` to `+ 3` and columns `rest` to `rest + 3` exist, and so do their places.
+                    unsafe {
+                        let from = x.as_ptr().add((first + r) * stride + rest);
+                        let shift = _mm_loadu_ps(shift.as_ptr().add(rest));
+                        transpose_fours(from, stride, shift, out.as_mut_ptr().add(rest * PANEL + r), PANEL);
+                    }
+                }
+                rest += 4;
+            }
+            for t in rest..width {
                 for r in group..group + 8 {
                     out[t * PANEL + r] = x[(first + r) * stride + t] - shift[t];
                 }
@@ -146,6 +158,23 @@ unsafe fn transpose(from: *const f32, stride: usize, shift: __m256, to: *mut f32
             let (low, high) = (four[j], four[j + 4]);
             _mm256_storeu_ps(to.add(j * to_stride), _mm256_permute2f128_ps::<0x20>(low, high));
             _mm256_storeu_ps(to.add((j + 4) * to_stride), _mm256_permute2f128_ps::<0x31>(low, high));
+        }
+    }
+}
+
+/// [`transpose`] for 4 rows and 4 columns.
+#[target_feature(enable = "avx2,fma,f16c")]
+unsafe fn transpose_fours(from: *const f32, stride: usize, shift: __m128, to: *mut f32, to_stride: usize) {
+    // SAFETY: the caller's pointers have 4 rows of 4 numbers each.
+    unsafe {
+        let mut row = [shift; 4];
+        for r in 0..4 {
+            row[r] = _mm_sub_ps(_mm_loadu_ps(from.add(r * stride)), shift);
+        }
+        let [a, b, c, d] = &mut row;
+        _MM_TRANSPOSE4_PS(a, b, c, d);
+        for j in 0..4 {
+            _mm_storeu_ps(to.add(j * to_stride), row[j]);
         }
     }
 }
