@@ -23,8 +23,11 @@ TRIAL_ROWS = 8_192
 TRIAL_VALUES = 1 << 22
 """Most values that a trial fits."""
 
+OPTIMISM = 1.05
+"""Trials end a little above real errors: one of up to so many times the largest error allowed is worth a full fit."""
+
 CLOSE_ENOUGH = 0.97
-"""A trial above this share of the largest error allowed ends the search for a smaller step."""
+"""A trial above this share of the error looked for ends the search for a smaller step."""
 
 TRIAL_SETTINGS = {"max_iter": 5, "n_refinements": 1}
 """Parameters that make a trial cheap, for the kinds that have them: enough to rank, not to win."""
@@ -106,7 +109,7 @@ class Search:
 
     def least_bytes(self, ladders: list[Ladder], max_error: float) -> Fitted:
         """The fit of least bytes with at most this error: trials tell where to start on a ladder, real fits decide."""
-        queue = self._starts(ladders, max_error)
+        queue = self._starts(ladders, OPTIMISM * max_error)
         least = math.inf
         while queue:
             _, order, step = heapq.heappop(queue)
