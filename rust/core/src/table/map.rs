@@ -30,6 +30,7 @@ pub struct Mapping {
     // Stands before `map`, so that the range leaves the registry before it is unmapped.
     guard: Option<guard::Range>,
     map: MmapMut,
+    mapped: bool,
 }
 
 impl Mapping {
@@ -48,13 +49,18 @@ impl Mapping {
         Self::read(&mut file, len, path)
     }
 
+    /// True if pages come from the file, false if the file was read into memory.
+    pub fn is_mapped(&self) -> bool {
+        self.mapped
+    }
+
     /// Private and copy-on-write: whoever writes to these bytes writes to copies of its own.
     fn mapped(file: &File, len: usize) -> io::Result<Option<Self>> {
         // SAFETY: mapped bytes can change when another process writes to the file, which no program can exclude. Our
         // writers never do: they replace files. Bytes are plain data, so a change yields wrong values, which checksums
         // find, and never an invalid one; a file that is cut yields zeros by means of the guard.
         let map = unsafe { MmapOptions::new().len(len).no_reserve_swap().map_copy(file)? };
-        Ok(guard::Range::register(&map).map(|guard| Mapping { guard, map }))
+        Ok(guard::Range::register(&map).map(|guard| Mapping { guard, map, mapped: true }))
     }
 
     fn read(file: &mut File, len: usize, path: &Path) -> Result<Self> {
@@ -71,7 +77,7 @@ impl Mapping {
             }
         }
         match file.read(&mut [0]).map_err(|e| Error::io(path, e))? {
-            0 => Ok(Mapping { guard: None, map }),
+            0 => Ok(Mapping { guard: None, map, mapped: false }),
             more => Err(changed(path, len + more, len)),
         }
     }
