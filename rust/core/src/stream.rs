@@ -43,8 +43,7 @@ impl TableWriter {
         metadata: BTreeMap<String, String>,
         durable: bool,
     ) -> Result<Self> {
-        let about =
-            About { kind: codec.kind().into(), parameters: codec.parameters(), errors: Map::new(), metadata };
+        let about = About { kind: codec.kind().into(), parameters: codec.parameters(), errors: Map::new(), metadata };
         let n_names = names.map(<[String]>::len);
         let names = match names {
             Some(names) => <[Tensor; 2]>::from(names_tensors(names)?).to_vec(),
@@ -73,7 +72,11 @@ impl TableWriter {
             return Err(Error::shape("the table", "0 rows", "at least 1 row"));
         }
         if let Some(names) = self.n_names.filter(|names| *names != self.rows) {
-            return Err(Error::shape("names", format!("{names} names"), format!("one for each of the {} rows", self.rows)));
+            return Err(Error::shape(
+                "names",
+                format!("{names} names"),
+                format!("one for each of the {} rows", self.rows),
+            ));
         }
         self.about.errors = self.sums.finish(self.weighted);
         self.about.errors.extend(errors);

@@ -135,7 +135,8 @@ fn search_finds_the_best_rows_of_the_decoded_table() {
             let found = search::search(&table, Matrix::new(&queries, DIM).unwrap(), 4, metric, &ctx).unwrap();
             for (query, (scores, ids)) in queries.chunks(DIM).zip(found.0.chunks(4).zip(found.1.chunks(4))) {
                 let score = |row: &[f32]| -> f64 {
-                    let dot = |a: &[f32], b: &[f32]| a.iter().zip(b).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum::<f64>();
+                    let dot =
+                        |a: &[f32], b: &[f32]| a.iter().zip(b).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum::<f64>();
                     match metric {
                         Metric::InnerProduct => dot(query, row),
                         Metric::L2 => query.iter().zip(row).map(|(a, b)| f64::from(a - b).powi(2)).sum(),
@@ -184,7 +185,8 @@ fn saved_and_opened_is_the_same_table_of_the_estimated_size() {
         }
         // Streaming in blocks writes the same file but for the errors it measures.
         let streamed = folder.path().join("streamed.safetensors");
-        let mut writer = stream::TableWriter::create(&streamed, codec.clone(), None, Default::default(), false).unwrap();
+        let mut writer =
+            stream::TableWriter::create(&streamed, codec.clone(), None, Default::default(), false).unwrap();
         for block in [0..1, 1..100, 100..ROWS] {
             writer.write(Matrix::new(&x, DIM).unwrap().block(block), None, &ctx).unwrap();
         }
@@ -239,7 +241,9 @@ fn odd_tables_are_defined() {
                     let off = decoded.iter().zip(x).fold(0f32, |m, (a, b)| m.max((a - b).abs()));
                     assert!(off <= largest * 2.0, "{kind} {parameters:?} {x:?} {decoded:?}");
                 }
-                Err(error) => assert!(big && matches!(error, Error::OutOfRange { .. }), "{kind} {parameters:?}: {error}"),
+                Err(error) => {
+                    assert!(big && matches!(error, Error::OutOfRange { .. }), "{kind} {parameters:?}: {error}")
+                }
             }
         }
         for bad in [f32::NAN, f32::INFINITY, 1e16] {

@@ -81,7 +81,9 @@ pub fn tensors_from(dict: &Bound<'_, PyDict>) -> PyResult<Vec<Tensor>> {
             "float32" => Dtype::F32,
             "uint16" => Dtype::Bf16,
             "uint8" => Dtype::U8,
-            other => return Err(PyTypeError::new_err(format!("tensor {name} is {other}, expected float16 or float32"))),
+            other => {
+                return Err(PyTypeError::new_err(format!("tensor {name} is {other}, expected float16 or float32")))
+            }
         };
         let shape: Vec<usize> = array.getattr("shape")?.extract()?;
         let bytes: Vec<u8> = array.call_method0("tobytes")?.extract::<&[u8]>()?.to_vec();

@@ -77,7 +77,13 @@ pub fn fit<'py>(
     Ok((Codec::new(codec, error), rows(py, codes, bytes)?))
 }
 
-fn errors(x: Matrix, codes: &[u8], weights: Option<&[f64]>, codec: &quantizer::Codec, ctx: &Context) -> Result<Map<String, Value>> {
+fn errors(
+    x: Matrix,
+    codes: &[u8],
+    weights: Option<&[f64]>,
+    codec: &quantizer::Codec,
+    ctx: &Context,
+) -> Result<Map<String, Value>> {
     let bytes = codec.decoder().row_bytes();
     if codes.len() != x.rows() * bytes || x.dim() != codec.decoder().dim() {
         let expected = format!("{} rows of {bytes} bytes", x.rows());
@@ -102,7 +108,10 @@ pub fn reconstruction_errors<'py>(
     let (x, codes) = (matrix(&x)?, codes.as_slice()?);
     let weights = sample_weight.as_ref().map(|w| w.as_slice()).transpose()?;
     if weights.is_some_and(|w| w.len() != x.rows()) {
-        return Err(PyValueError::new_err(format!("sample_weight must have one value for each of the {} rows", x.rows())));
+        return Err(PyValueError::new_err(format!(
+            "sample_weight must have one value for each of the {} rows",
+            x.rows()
+        )));
     }
     let ctx = Context::new(n_jobs, 0);
     let errors = long(py, &ctx, None, || errors(x, codes, weights, &codec.codec, &ctx))?;
@@ -223,7 +232,8 @@ impl Codec {
     fn from_parts(description: &str, tensors: &Bound<'_, PyDict>) -> PyResult<Codec> {
         let bad = |why: String| PyValueError::new_err(format!("not the parts of a codec: {why}"));
         let object: Map<String, Value> = serde_json::from_str(description).map_err(|e| bad(e.to_string()))?;
-        let part = |key: &str| object.get(key).and_then(Value::as_object).cloned().ok_or_else(|| bad(format!("no {key}")));
+        let part =
+            |key: &str| object.get(key).and_then(Value::as_object).cloned().ok_or_else(|| bad(format!("no {key}")));
         let kind = object.get("kind").and_then(Value::as_str).ok_or_else(|| bad("no kind".into()))?;
         let decoder = checked(Decoder::from_parts(&part("decoder")?, &tensors_from(tensors)?))?;
         let mut codec = checked(quantizer::Codec::new(kind, part("parameters")?, decoder))?;

@@ -1,8 +1,8 @@
 //! From [`vqrs_core::Error`] to Python's exceptions, in one place.
 
 use pyo3::exceptions::{PyIndexError, PyKeyboardInterrupt, PyOSError, PyRuntimeError, PyValueError};
-use std::io::ErrorKind;
 use pyo3::prelude::*;
+use std::io::ErrorKind;
 use vqrs_core::Error;
 
 pyo3::create_exception!(vqrs, TableError, PyValueError, "A table file cannot be used.");

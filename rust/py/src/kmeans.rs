@@ -5,8 +5,8 @@ use crate::call::long;
 use numpy::{PyArray1, PyArray2, PyReadonlyArray1, PyReadonlyArray2};
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
-use vqrs_core::algo::kmeans::{Init, KMeans, Metric};
 use vqrs_core::algo::assign;
+use vqrs_core::algo::kmeans::{Init, KMeans, Metric};
 use vqrs_core::error::Error;
 use vqrs_core::matrix::{Matrix, Sample};
 use vqrs_core::pool::Context;
@@ -71,7 +71,8 @@ pub fn kmeans_fit<'py>(
             return checked(Err(Error::parameter("init", format!("{other:?}"), expected)));
         }
     };
-    let kmeans = KMeans { n_clusters, max_iter, tol, n_init, init, metric: metric_of(metric)?, batch_size, max_samples };
+    let kmeans =
+        KMeans { n_clusters, max_iter, tol, n_init, init, metric: metric_of(metric)?, batch_size, max_samples };
     let ctx = Context::new(n_jobs, seed);
     ctx.stage("k-means", (max_iter * n_init) as u64);
     let found = long(py, &ctx, progress.as_ref(), || {

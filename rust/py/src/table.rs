@@ -58,7 +58,12 @@ impl<'py> IdArray<'py> {
 }
 
 /// Runs short work at once, longer work without the GIL, and long work so that Ctrl-C is answered.
-fn run(py: Python<'_>, values: usize, ctx: &Context, work: impl FnOnce() -> vqrs_core::Result<()> + Send) -> PyResult<()> {
+fn run(
+    py: Python<'_>,
+    values: usize,
+    ctx: &Context,
+    work: impl FnOnce() -> vqrs_core::Result<()> + Send,
+) -> PyResult<()> {
     match values {
         ..SHORT => short(work),
         SHORT..LONG => detached(py, work),
@@ -98,7 +103,9 @@ impl Table {
             "header" => Verify::Header,
             "lazy" => Verify::Lazy,
             "full" => Verify::Full,
-            other => return Err(to_py(Error::parameter("verify", format!("{other:?}"), "must be header, lazy or full"))),
+            other => {
+                return Err(to_py(Error::parameter("verify", format!("{other:?}"), "must be header, lazy or full")))
+            }
         };
         let mode = match mode {
             "mmap" => Mode::Mmap,
@@ -366,7 +373,9 @@ pub struct TableWriter {
 impl TableWriter {
     fn take(&self) -> PyResult<stream::TableWriter> {
         let mut guard = self.inner.lock().unwrap_or_else(PoisonError::into_inner);
-        guard.take().ok_or_else(|| PyValueError::new_err("the writer is finished, was stopped by an error, or is in use"))
+        guard
+            .take()
+            .ok_or_else(|| PyValueError::new_err("the writer is finished, was stopped by an error, or is in use"))
     }
 }
 
@@ -400,7 +409,12 @@ impl TableWriter {
         let x = matrix(&x)?;
         let weights = sample_weight.as_ref().map(|w| w.as_slice()).transpose()?;
         if weights.is_some_and(|w| w.len() != x.rows()) || x.dim() != self.dim {
-            let text = format!("a block of {} rows of {} features, expected {} features and a weight a row", x.rows(), x.dim(), self.dim);
+            let text = format!(
+                "a block of {} rows of {} features, expected {} features and a weight a row",
+                x.rows(),
+                x.dim(),
+                self.dim
+            );
             return Err(PyValueError::new_err(text));
         }
         let ctx = Context::new(n_jobs, 0);

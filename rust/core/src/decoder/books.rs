@@ -103,7 +103,10 @@ impl Books {
         let mut kept = Vec::new();
         for (index, group) in spec.groups.iter().enumerate() {
             if group.width == 0 || group.starts.is_empty() || group.entries > 1 << spec.bits {
-                return bad(format!("group {index}: {group:?}"), "books of at least one column and at most 2^bits entries");
+                return bad(
+                    format!("group {index}: {group:?}"),
+                    "books of at least one column and at most 2^bits entries",
+                );
             }
             for start in &group.starts {
                 match start.checked_add(group.width).filter(|end| *end <= spec.dim) {

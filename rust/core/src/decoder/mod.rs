@@ -131,7 +131,9 @@ impl Decoder {
         match form.as_str() {
             Books::FORM => Ok(Decoder::Books(Books::from_parts(parse(spec)?, tensors)?)),
             Levels::FORM => Ok(Decoder::Levels(Levels::from_parts(parse(spec)?, tensors)?)),
-            other => Err(Error::parameter("form", format!("{other:?}"), "this version reads the forms books and levels")),
+            other => {
+                Err(Error::parameter("form", format!("{other:?}"), "this version reads the forms books and levels"))
+            }
         }
     }
 

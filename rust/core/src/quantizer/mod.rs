@@ -399,4 +399,3 @@ fn encode_nearest<'a>(decoder: &'a Decoder) -> Result<Encoder<'a>> {
         Ok(())
     }))
 }
-

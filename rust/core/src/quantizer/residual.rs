@@ -264,7 +264,14 @@ impl Stages {
     }
 
     /// Candidates' scores from the partial residuals themselves, where tables would not fit.
-    fn expand_directly(&self, search: &mut Search, stage: usize, row: &[f32], partial: &mut [f32], products: &mut [f32]) {
+    fn expand_directly(
+        &self,
+        search: &mut Search,
+        stage: usize,
+        row: &[f32],
+        partial: &mut [f32],
+        products: &mut [f32],
+    ) {
         let count = search.len();
         for (beam, residual) in partial.chunks_mut(self.dim).take(count).enumerate() {
             self.subtract(row, search.path(beam, stage), residual);

@@ -135,7 +135,11 @@ impl Rules {
     fn rounded(&self, grid: Grid) -> Grid {
         let Some((scale, offset)) = self.stored else { return grid };
         let step = f16::from_f32(grid.step / scale).to_f32() * scale;
-        let low = if self.symmetric { -step * ((self.top + 1.0) / 2.0) } else { f16::from_f32(grid.low / offset).to_f32() * offset };
+        let low = if self.symmetric {
+            -step * ((self.top + 1.0) / 2.0)
+        } else {
+            f16::from_f32(grid.low / offset).to_f32() * offset
+        };
         Grid { step, low }
     }
 
@@ -160,7 +164,13 @@ impl Rules {
         }
         // One float16 down: away from zero for negative numbers, towards it for positive ones.
         let bits = half.to_bits();
-        let down = if bits == 0 { 0x8001 } else if bits & 0x8000 != 0 { bits + 1 } else { bits - 1 };
+        let down = if bits == 0 {
+            0x8001
+        } else if bits & 0x8000 != 0 {
+            bits + 1
+        } else {
+            bits - 1
+        };
         f16::from_bits(down).to_f32() * offset
     }
 

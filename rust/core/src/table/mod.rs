@@ -405,7 +405,8 @@ impl Names {
         let starts = std::iter::once(0).chain(self.ends().iter().copied());
         let text = self.text.data.bytes();
         starts.zip(self.ends()).map(|(start, end)| {
-            std::str::from_utf8(&text[start as usize..*end as usize]).unwrap_or_default() // checked on loading
+            std::str::from_utf8(&text[start as usize..*end as usize]).unwrap_or_default()
+            // checked on loading
         })
     }
 
