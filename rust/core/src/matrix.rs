@@ -30,7 +30,8 @@ impl<'a> Matrix<'a> {
             if block.iter().fold(true, |fine, v| fine & (v.abs() <= MAX_MAGNITUDE)) {
                 continue;
             }
-            let at = block.iter().position(|v| !(v.abs() <= MAX_MAGNITUDE)).unwrap_or(0);
+            let bad = |v: &f32| v.is_nan() || v.abs() > MAX_MAGNITUDE;
+            let at = block.iter().position(bad).unwrap_or(0);
             let (row, column, value) = (number * step + at / self.dim, at % self.dim, block[at]);
             return Err(if value.is_finite() {
                 Error::OutOfRange {

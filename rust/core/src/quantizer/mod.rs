@@ -96,13 +96,15 @@ impl<Q: Quantizer> AnyQuantizer for Q {
     }
 }
 
+type Make = fn(Map<String, Value>) -> Result<Arc<dyn AnyQuantizer>>;
+
 /// One line of [`KINDS`].
 pub struct Kind {
     /// The name.
     pub name: &'static str,
     /// One line for the documentation.
     pub about: &'static str,
-    make: fn(Map<String, Value>) -> Result<Arc<dyn AnyQuantizer>>,
+    make: Make,
 }
 
 impl Kind {

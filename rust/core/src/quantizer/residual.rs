@@ -327,7 +327,7 @@ impl Stages {
         let slices = ctx.map(self.dim.div_ceil(SOLVE_COLUMNS), |slice| {
             let start = slice * SOLVE_COLUMNS;
             let width = SOLVE_COLUMNS.min(self.dim - start);
-            Ok(Solver::new(self, data, codes, &counts, start, width).solve(ctx)?)
+            Solver::new(self, data, codes, &counts, start, width).solve(ctx)
         })?;
         let mut centers = vec![0f32; self.centers.len()];
         for (slice, values) in slices.iter().enumerate() {
