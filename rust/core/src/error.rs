@@ -102,6 +102,14 @@ impl Error {
         Error::Parameter { name: name.into(), value: value.to_string(), expected: expected.into() }
     }
 
+    /// The same error with rows counted from `start`: for blocks of a larger table.
+    pub fn after_rows(self, start: usize) -> Self {
+        match self {
+            Error::NotFinite { row, column, value } => Error::NotFinite { row: row + start, column, value },
+            other => other,
+        }
+    }
+
     /// An array of the wrong shape.
     pub fn shape(what: &'static str, found: impl Into<String>, expected: impl Into<String>) -> Self {
         Error::Shape { what, found: found.into(), expected: expected.into() }

@@ -55,7 +55,7 @@ impl TableWriter {
 
     /// Encodes rows and appends them.
     pub fn write(&mut self, rows: Matrix, weights: Option<&[f64]>, ctx: &Context) -> Result<()> {
-        rows.check()?;
+        rows.check().map_err(|error| error.after_rows(self.rows))?;
         if rows.rows() == 0 {
             return Ok(());
         }

@@ -87,7 +87,11 @@ pub fn tensors_from(dict: &Bound<'_, PyDict>) -> PyResult<Vec<Tensor>> {
         };
         let shape: Vec<usize> = array.getattr("shape")?.extract()?;
         let bytes: Vec<u8> = array.call_method0("tobytes")?.extract::<&[u8]>()?.to_vec();
-        tensors.push(Tensor::new(name, dtype, shape, Buffer::copy_of(&bytes)).map_err(crate::error::to_py)?);
+        let tensor = checked(Tensor::new(name, dtype, shape, Buffer::copy_of(&bytes)))?;
+        if !tensor.is_finite() {
+            return Err(PyValueError::new_err(format!("tensor {} holds NaN or infinity", tensor.name)));
+        }
+        tensors.push(tensor);
     }
     Ok(tensors)
 }

@@ -25,6 +25,10 @@ fn hardware(py: Python<'_>) -> PyResult<Bound<'_, PyDict>> {
 #[pymodule(gil_used = false)]
 fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
     let py = module.py();
+    if let Some(text) = kernels::forced_error() {
+        let category = py.get_type::<pyo3::exceptions::PyRuntimeWarning>();
+        PyErr::warn(py, &category, &std::ffi::CString::new(text)?, 1)?;
+    }
     module.add("__version__", vqrs_core::VERSION)?;
     module.add("TableError", py.get_type::<error::TableError>())?;
     module.add("TableCorruptError", py.get_type::<error::TableCorruptError>())?;

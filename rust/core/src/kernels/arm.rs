@@ -26,6 +26,7 @@ static NEON: Kernels = Kernels {
     axpy,
     add,
     max_into,
+    carries: scalar::carries,
 };
 
 macro_rules! shell {

@@ -260,6 +260,9 @@ pub struct Kernels {
     pub add: fn(&mut [f32], &[f32]),
     /// `max_into(out, x)`: out = x where x > out.
     pub max_into: fn(&mut [f32], &[f32]),
+    /// `carries(words, mask, one)`: all of `(word & mask) + one` or-ed together. With the exponent's bits as `mask` and
+    /// its lowest one as `one`, the bit above it is set if any exponent is full: NaN or infinity, in one pass.
+    pub carries: fn(&[u32], u32, u32) -> u32,
 }
 
 impl std::fmt::Debug for Kernels {

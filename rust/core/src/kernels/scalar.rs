@@ -18,6 +18,7 @@ pub(super) static KERNELS: Kernels = Kernels {
     axpy,
     add,
     max_into,
+    carries,
 };
 
 const PANEL_ROWS: usize = 8;
@@ -164,4 +165,9 @@ fn max_into(out: &mut [f32], x: &[f32]) {
     for (out, x) in out.iter_mut().zip(x) {
         *out = if *x > *out { *x } else { *out };
     }
+}
+
+#[inline(always)]
+pub(super) fn carries(words: &[u32], mask: u32, one: u32) -> u32 {
+    words.iter().fold(0, |all, word| all | (word & mask).wrapping_add(one))
 }

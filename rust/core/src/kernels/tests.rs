@@ -232,3 +232,25 @@ fn an_id_outside_is_refused() {
     let view = BooksView { dim: 2, bits: 2, row_bytes: 1, scale: 1.0, zero_first: false, books: vec![book] };
     (best().lookup_books)(&view, &[0], Ids::I32(&[-1]), &mut [0.0; 2]);
 }
+
+#[test]
+fn carries_find_full_exponents() {
+    for kernels in available() {
+        for size in 0..70 {
+            let words = vec![0x7bff_fbff_u32; size];
+            assert_eq!((kernels.carries)(&words, 0x7c00_7c00, 0x0400_0400) & 0x8000_8000, 0, "{}", kernels.name);
+            for place in 0..size {
+                for bad in [0x7c00_0000, 0x0000_fc01] {
+                    let mut words = words.clone();
+                    words[place] = bad;
+                    assert_ne!(
+                        (kernels.carries)(&words, 0x7c00_7c00, 0x0400_0400) & 0x8000_8000,
+                        0,
+                        "{}",
+                        kernels.name
+                    );
+                }
+            }
+        }
+    }
+}

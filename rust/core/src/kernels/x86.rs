@@ -33,6 +33,7 @@ static AVX2: Kernels = Kernels {
     axpy,
     add,
     max_into,
+    carries,
 };
 
 /// 24 sums of 32 registers. Lookups wait for memory, so that wider vectors would not help them.
@@ -50,6 +51,7 @@ static AVX512: Kernels = Kernels {
     axpy,
     add,
     max_into,
+    carries,
 };
 
 /// A safe function around a body that is compiled for more features than the crate.
@@ -85,6 +87,15 @@ shell!("avx512f,avx512bw,avx512vl,avx2,fma,f16c", fn avx512_dots(task: &Products
     = simd::products::<Sixteen, 2, 12, false>);
 shell!("avx512f,avx512bw,avx512vl,avx2,fma,f16c", fn avx512_distances(task: &Products, out: &mut [f32])
     = simd::products::<Sixteen, 2, 12, true>);
+
+fn carries(words: &[u32], mask: u32, one: u32) -> u32 {
+    #[target_feature(enable = "avx2")]
+    fn inside(words: &[u32], mask: u32, one: u32) -> u32 {
+        scalar::carries(words, mask, one)
+    }
+    // SAFETY: the tables of this file are handed out only where the CPU has the feature.
+    unsafe { inside(words, mask, one) }
+}
 
 fn pack<const PANEL: usize>(x: &[f32], stride: usize, rows: usize, shift: &[f32], out: &mut [f32]) {
     check::pack(x, stride, rows, shift, out, PANEL);

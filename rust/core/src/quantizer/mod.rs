@@ -211,7 +211,7 @@ impl Codec {
         ctx.chunks(&mut codes, BLOCK_ROWS * bytes, |index, chunk| {
             let start = index * BLOCK_ROWS;
             let count = chunk.len() / bytes;
-            encode(rows.block(start..start + count), chunk).map_err(|e| at_row(e, start))?;
+            encode(rows.block(start..start + count), chunk)?;
             ctx.advance(count as u64);
             Ok(())
         })?;
@@ -251,14 +251,6 @@ impl Codec {
             }
             Ok(())
         })
-    }
-}
-
-/// Adds the block's first row to an error that names a row.
-fn at_row(error: Error, start: usize) -> Error {
-    match error {
-        Error::NotFinite { row, column, value } => Error::NotFinite { row: row + start, column, value },
-        other => other,
     }
 }
 

@@ -17,6 +17,7 @@ pub use crate::table::map::Mode;
 pub use writer::Writer;
 
 use crate::error::{Error, Result};
+use crate::kernels;
 use crate::pool::Context;
 use crate::table::map::Mapping;
 use crate::tensor::{Buffer, Bytes, Dtype, Tensor};
@@ -347,20 +348,16 @@ fn decoder_range(entries: &[Entry]) -> Range<usize> {
     first.start..all.next_back().map_or(first.end, |last| last.end)
 }
 
-/// True if no float of these bytes has an exponent of all ones. Folds without branches, so that the compiler can use
-/// vectors.
+/// True if no float of these bytes, a multiple of four of them but at the end of a tensor, has a full exponent.
 fn finite(dtype: Dtype, bytes: &[u8]) -> bool {
-    let halves = |mask: u16| {
-        let values: &[u16] = bytemuck::cast_slice(bytes);
-        !values.iter().fold(false, |bad, v| bad | (v & mask == mask))
+    let (mask, one, full) = match dtype {
+        Dtype::U8 | Dtype::U64 => return true,
+        Dtype::F16 => (0x7c00_7c00, 0x0400_0400, 0x8000_8000),
+        Dtype::Bf16 => (0x7f80_7f80, 0x0080_0080, 0x8000_8000),
+        Dtype::F32 => (0x7f80_0000, 0x0080_0000, 0x8000_0000),
     };
-    match dtype {
-        Dtype::U8 | Dtype::U64 => true,
-        Dtype::F16 => halves(0x7c00),
-        Dtype::Bf16 => halves(0x7f80),
-        Dtype::F32 => {
-            let (values, mask): (&[u32], _) = (bytemuck::cast_slice(bytes), 0x7f80_0000);
-            !values.iter().fold(false, |bad, v| bad | (v & mask == mask))
-        }
-    }
+    let (words, rest) = bytes.split_at(bytes.len() / 4 * 4);
+    let last = rest.iter().rev().fold(0, |word, byte| word << 8 | u32::from(*byte));
+    let all = (kernels::best().carries)(bytemuck::cast_slice(words), mask, one) | ((last & mask) + one);
+    all & full == 0
 }
