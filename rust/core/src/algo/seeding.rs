@@ -11,10 +11,10 @@ use std::collections::HashSet;
 const GREEDY_WORK: usize = 2_000_000_000;
 
 /// Rows per centre that seeding looks at beyond that.
-const SEED_ROWS: usize = 64;
+const SEED_ROWS: usize = 32;
 
 /// Centres are drawn in this many rounds beyond that: seeding then costs as much as one iteration on the same rows.
-const ROUNDS: usize = 64;
+const ROUNDS: usize = 16;
 
 /// Rows whose weights are summed together; sums of blocks are added in order.
 const BLOCK: usize = 4096;
