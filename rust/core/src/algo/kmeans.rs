@@ -4,7 +4,7 @@
 //! takes weights into account, so that an integer weight is the same as repeating a row.
 
 use super::nearest::{squared_distance, Centroids, Columns};
-use super::seeding;
+use super::{progressive, seeding};
 use crate::error::{Error, Result};
 use crate::pool::Context;
 use crate::rng::Rng;
@@ -18,6 +18,8 @@ pub enum Init<'a> {
     /// k-means++ with several centres a round, on a sub-sample: quantizers cluster hundreds of parts, for which the
     /// greedy form would take longer than all of Lloyd's iterations, and gain nothing measurable.
     PlusPlusRounds,
+    /// From clusterings of the leading principal directions, where there are many columns; else as `PlusPlusRounds`.
+    Progressive,
     /// Different rows, drawn by weight.
     Random,
     /// `n_clusters` centres, row-major.
@@ -83,6 +85,11 @@ impl Rows<'_> {
         self.weights.map_or(1.0, |weights| weights[row])
     }
 
+    /// What each row counts, if not the same.
+    pub(super) fn weights(&self) -> Option<&[f64]> {
+        self.weights
+    }
+
     /// A copy of some rows.
     pub(super) fn gather(&self, chosen: &[usize]) -> OwnedRows {
         OwnedRows {
@@ -118,14 +125,14 @@ struct Run {
 const BLOCK: usize = 4096;
 
 impl<'a> KMeans<'a> {
-    /// `n_clusters` clusters, 25 iterations, tolerance 1e-4, one run from k-means++ in rounds, all rows.
+    /// `n_clusters` clusters, 25 iterations, tolerance 1e-4, one progressive run, all rows.
     pub fn new(n_clusters: usize) -> Self {
         KMeans {
             n_clusters,
             max_iter: 25,
             tol: 1e-4,
             n_init: 1,
-            init: Init::PlusPlusRounds,
+            init: Init::Progressive,
             metric: Metric::Euclidean,
             batch_size: None,
             max_samples: None,
@@ -205,6 +212,11 @@ impl<'a> KMeans<'a> {
         let mut centers = match self.init {
             Init::PlusPlus => seeding::plus_plus(rows, self.n_clusters, rng, ctx)?,
             Init::PlusPlusRounds => seeding::in_rounds(rows, self.n_clusters, rng, ctx)?,
+            Init::Progressive if progressive::helps(rows, self.n_clusters) => {
+                let centers = progressive::centers(rows, self.n_clusters, rng, ctx)?;
+                seeding::filled_up(rows, self.n_clusters, centers, rng, ctx)?
+            }
+            Init::Progressive => seeding::in_rounds(rows, self.n_clusters, rng, ctx)?,
             Init::Random => seeding::random(rows, self.n_clusters, rng),
             Init::Centers(centers) => centers.to_vec(),
         };

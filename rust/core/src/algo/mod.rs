@@ -3,4 +3,5 @@
 pub mod assign;
 pub mod kmeans;
 pub mod nearest;
+mod progressive;
 mod seeding;

@@ -42,6 +42,11 @@ impl<'a> Columns<'a> {
         Columns { data, rows: data.len() / width, stride: width, width }
     }
 
+    /// The first `width` columns of contiguous rows of `stride` values.
+    pub fn leading(data: &'a [f32], stride: usize, width: usize) -> Self {
+        Columns { width: width.min(stride), ..Columns::contiguous(data, stride) }
+    }
+
     /// Number of rows.
     pub fn rows(&self) -> usize {
         self.rows

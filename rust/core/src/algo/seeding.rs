@@ -111,6 +111,26 @@ pub(super) fn random(rows: &Rows, count: usize, rng: &mut Rng) -> Vec<f32> {
     centers
 }
 
+/// Whether more than `count` rows differ from each other. Rows of most tables tell after `count + 1` of them.
+pub(super) fn more_distinct_than(rows: &Rows, count: usize) -> bool {
+    let mut seen = HashSet::new();
+    (0..rows.x.rows()).any(|row| seen.insert(key(rows.x.row(row))) && seen.len() > count)
+}
+
+/// `centers` and, if they are fewer than `count`, others drawn far from them.
+pub(super) fn filled_up(
+    rows: &Rows,
+    count: usize,
+    centers: Vec<f32>,
+    rng: &mut Rng,
+    ctx: &Context,
+) -> Result<Vec<f32>> {
+    if centers.len() == count * rows.x.width() {
+        return Ok(centers);
+    }
+    rounds(rows, count, count.div_ceil(ROUNDS), centers, rng, ctx)
+}
+
 /// Equal for equal rows; 0 and -0 are equal.
 fn key(row: &[f32]) -> Vec<u32> {
     row.iter().map(|v| (v + 0.0).to_bits()).collect()
