@@ -27,7 +27,7 @@ class Ladder:
     values: Sequence[Any]
     shape: tuple[int, int]
     stagewise: bool = False
-    """No step takes off a larger share of the error than the second did."""
+    """No step takes off a larger share of the error than those before it did."""
 
     def __len__(self) -> int:
         return len(self.values)
@@ -54,7 +54,7 @@ class Rates(NamedTuple):
 
 
 ROWS_PER_CENTROID = 64
-"""Codebooks of more than 256 entries are tried where each entry stands for so many rows."""
+"""Codebooks of 1,024 entries are tried where each entry stands for so many rows."""
 
 RATES = {
     "scalar": Rates(
@@ -69,7 +69,7 @@ RATES = {
     "product": Rates(
         "n_subvectors",
         lambda n_rows, dim: range(1, dim + 1),
-        lambda n_rows, dim: [{"n_bits": b} for b in (8, 6, 4, 10, 12) if b <= 8 or n_rows >= ROWS_PER_CENTROID << b],
+        lambda n_rows, dim: [{"n_bits": b} for b in (8, 6, 4, 10) if b <= 8 or n_rows >= ROWS_PER_CENTROID << b],
     ),
     # Codebooks are padded to a power of two, so nothing between two of them is smaller than the larger.
     "kmeans": Rates("n_clusters", lambda n_rows, dim: [1 << b for b in range(1, 17) if 1 << b < 2 * n_rows]),

@@ -33,7 +33,7 @@ TRIAL_SETTINGS = {"max_iter": 5, "n_refinements": 1}
 """Parameters that make a trial cheap, for the kinds that have them: enough to rank, not to win."""
 
 FINALISTS = 2
-FINALIST_MARGIN = 1.06
+FINALIST_MARGIN = 1.04
 """Trials within this factor of the best error are fitted in full, the best few of them."""
 
 
@@ -241,13 +241,19 @@ class Search:
         return steps
 
     def _hopeless(self, ladder: Ladder, steps: int, error: float) -> bool:
-        """Whether a ladder of stages stays above an error: no stage takes off a larger share than the second did, so
-        the trials of two cheap stages tell without one of all.
+        """Whether a ladder of stages stays above an error: no stage takes off a larger share of it than those before,
+        so that cheap trials of few stages bound what many can reach.
         """
-        if not ladder.stagewise or steps <= 2:
+        if not ladder.stagewise:
             return False
-        first, second = self._trial(ladder[0]), self._trial(ladder[1])
-        return 0 < first < math.inf and second * (second / first) ** (steps - 2) > error
+        before, stages = self._trial(ladder[0]), 2
+        while stages < steps and 0 < before < math.inf:
+            now = self._trial(ladder[stages - 1])
+            share = (now / before) ** (2 / stages)
+            if now * share ** (steps - stages) > error:
+                return True
+            before, stages = now, 2 * stages
+        return False
 
 
 def _read_sample(x: Any, weights: NDArray[np.float64] | None, generator: np.random.Generator) -> Sample:
