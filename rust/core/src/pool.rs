@@ -104,6 +104,11 @@ impl Context {
         Context { seed, ..self.clone() }
     }
 
+    /// The same context for work that stays on the calling thread.
+    pub fn serial(&self) -> Self {
+        Context { threads: 1, ..self.clone() }
+    }
+
     /// Asks the call to stop; it returns [`Error::Interrupted`] at its next check.
     pub fn cancel(&self) {
         self.cancelled.store(true, Ordering::Relaxed);

@@ -6,7 +6,7 @@ use crate::algo::kmeans::KMeans;
 use crate::algo::nearest::Columns;
 use crate::decoder::{Books, CodebookDtype, Decoder, GroupSpec};
 use crate::error::Result;
-use crate::matrix::Sample;
+use crate::matrix::{Matrix, Sample};
 use crate::pool::Context;
 use serde::{Deserialize, Serialize};
 
@@ -31,6 +31,11 @@ impl Default for ProductQuantizer {
 fn split(dim: usize, parts: usize) -> Vec<(usize, usize)> {
     let (width, wider) = (dim / parts, dim % parts);
     (0..parts).map(|m| (m * width + m.min(wider), width + usize::from(m < wider))).collect()
+}
+
+/// A copy of some columns: clustering reads them many times, and row by row they would be far apart.
+fn gathered(rows: Matrix, start: usize, width: usize) -> Vec<f32> {
+    rows.data().chunks(rows.dim()).flat_map(|row| &row[start..start + width]).copied().collect()
 }
 
 impl ProductQuantizer {
@@ -76,14 +81,21 @@ impl Quantizer for ProductQuantizer {
         let clusters = shrink_clusters(1 << self.n_bits, data.len(), &mut notes);
         let kmeans = KMeans { max_iter: self.max_iter, tol: self.tol, ..KMeans::new(clusters) };
         ctx.stage("k-means", (self.max_iter * parts) as u64);
-        let (mut books, mut n_iter, mut fewest) = (Vec::new(), 0, clusters);
-        for (number, (start, width)) in split(data.dim(), parts).into_iter().enumerate() {
-            let columns = Columns::new(data.rows, start, width);
-            let found = kmeans.fit(columns, data.weights, &ctx.with_seed(ctx.seed.wrapping_add(number as u64)))?;
-            n_iter = n_iter.max(found.n_iter);
-            fewest = fewest.min(found.distinct);
-            books.push(found.centers);
-        }
+        // Parts are clustered side by side, each on one thread, or where they are few one after the other on all.
+        let alone = parts >= 2 * ctx.threads();
+        let cluster = |number: usize, ctx: &Context| {
+            let (start, width) = split(data.dim(), parts)[number];
+            let part = gathered(data.rows, start, width);
+            let ctx = ctx.with_seed(ctx.seed.wrapping_add(number as u64));
+            kmeans.fit(Columns::from(Matrix::new(&part, width)?), data.weights, &ctx)
+        };
+        let found = match alone {
+            true => ctx.map(parts, |number| cluster(number, &ctx.serial()))?,
+            false => (0..parts).map(|number| cluster(number, ctx)).collect::<Result<_>>()?,
+        };
+        let n_iter = found.iter().map(|part| part.n_iter).max().unwrap_or(0);
+        let fewest = found.iter().map(|part| part.distinct).min().unwrap_or(clusters);
+        let books = found.into_iter().map(|part| part.centers).collect();
         note_distinct(fewest, clusters, &mut notes);
         Ok(Learned { decoder: self.books(data.dim(), clusters, books)?, codes: None, n_iter, notes })
     }
