@@ -31,7 +31,7 @@ def error_plan() -> list[Pair]:
         [
             (
                 f"product {parts} x 8 bits",
-                Vqrs("ProductQuantizer", n_subvectors=parts, n_bits=8, max_iter=25),
+                Vqrs("ProductQuantizer", n_subvectors=parts, n_bits=8, max_iter=25, random_state=0),
                 Product(parts, 8),
                 "25 iterations on all rows",
             )
@@ -40,7 +40,7 @@ def error_plan() -> list[Pair]:
         + [
             (
                 "residual 16 x 8 bits",
-                Vqrs("ResidualQuantizer", **residual),
+                Vqrs("ResidualQuantizer", **residual, random_state=0),
                 Residual(**residual, refine=refine),
                 "beam 8 in both; ours with its default refinement, Faiss's "
                 + ("refined too" if refine else "by default"),

@@ -13,7 +13,7 @@ class Vqrs:
 
     def __init__(self, estimator: str, **settings: object) -> None:
         self.settings: dict[str, object] = {"estimator": estimator, **settings}
-        self.quantizer = getattr(vqrs, estimator)(random_state=0, **settings)
+        self.quantizer = getattr(vqrs, estimator)(**settings)
 
     def fit(self, x: NDArray[np.float32]) -> None:
         self.quantizer.fit(x)
