@@ -155,7 +155,7 @@ class Quantizer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Estimator):
         ConvergenceWarning
             There was too little data for the parameters; the message says what was made smaller.
         """
-        self._fit(X, sample_weight)
+        self._fit(X, sample_weight, stacklevel=4)
         return self
 
     @_fit_context(prefer_skip_nested_validation=True)
@@ -172,9 +172,11 @@ class Quantizer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Estimator):
         ndarray of shape (n_rows, row_bytes_), uint8
             The codes.
         """
-        return self._fit(X, sample_weight)
+        # One frame more than fit: that of set_output.
+        return self._fit(X, sample_weight, stacklevel=5)
 
-    def _fit(self, X: Any, sample_weight: ArrayLike | None) -> NDArray[np.uint8]:
+    def _fit(self, X: Any, sample_weight: ArrayLike | None, stacklevel: int) -> NDArray[np.uint8]:
+        """Fits and returns the codes; a warning points at the caller, ``stacklevel`` frames up."""
         x = self._read_rows(X, reset=True)
         with self._progress(x, {"sample_weight": sample_weight}) as progress:
             codec, codes = _core.fit(
@@ -188,7 +190,9 @@ class Quantizer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Estimator):
             )
             self._set_codec(codec)
         if codec.notes:
-            warnings.warn(f"{type(self).__name__}: {'; '.join(codec.notes)}.", ConvergenceWarning, stacklevel=4)
+            warnings.warn(
+                f"{type(self).__name__}: {'; '.join(codec.notes)}.", ConvergenceWarning, stacklevel=stacklevel
+            )
         return codes
 
     def transform(self, X: Any) -> NDArray[np.uint8]:
@@ -319,7 +323,8 @@ class Quantizer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Estimator):
             Wrong rows, names or weights, or an iterator without ``path``.
         """
         check_is_fitted(self)
-        if is_frame(X):
+        # Blocks of a stream are looked at as they come.
+        if is_frame(X) or (path is None and not isinstance(X, Iterator)):
             X = self._read_rows(X, reset=False)
         with printed_progress(type(self).__name__, self.verbose) as progress:
             return encode_table(
