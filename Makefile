@@ -34,8 +34,9 @@ test-fast: $(VENV)/with-test ## Python tests and docstring examples, those that 
 test-slow: $(VENV)/with-test $(VENV)/minilm ## Python tests that take longer
 	$(PYTEST) -m slow --ignore=tests/torch --ignore=python/vqrs/torch
 
-test-torch: $(VENV)/with-test $(VENV)/torch ## tests of vqrs.torch
+test-torch: $(VENV)/with-test $(VENV)/torch ## tests of vqrs.torch, and of torch tensors elsewhere
 	$(PYTEST) tests/torch python/vqrs/torch
+	$(PYTEST) tests -k "torch or reads_safetensors" --ignore=tests/torch
 
 check: check-rust check-python check-docs ## format, lint, types, documents
 
