@@ -380,3 +380,15 @@ def test_demo(minilm_tokens, tmp_path):
         assert len(set(neighbours["before"][word]) & set(neighbours["after"][word])) >= 2
     assert len(shown["speed"]) == 2
     assert all(len(row) == len(rows[0]) for _, rows in demo.report(shown) for row in rows)
+
+
+def test_a_table_never_takes_the_place_of_its_rows(tmp_path):
+    path = tmp_path / "rows.npy"
+    np.save(path, np.eye(8, dtype=np.float32))
+    before = path.read_bytes()
+    done = subprocess.run(
+        [sys.executable, "-m", "vqrs", "compress", str(path), str(path), "--ratio", "1"], capture_output=True, text=True
+    )
+    assert done.returncode == 2
+    assert "OUT is IN" in done.stderr
+    assert path.read_bytes() == before

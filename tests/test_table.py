@@ -520,3 +520,53 @@ def test_processes_share_the_file(tmp_path):
     private, shared = map(int, second.stdout.split())
     assert private == 0
     assert shared * 1024 > 0.9 * n_bytes
+
+
+def test_saving_a_damaged_table_again_is_refused(small_rows, tmp_path):
+    path = tmp_path / "table.safetensors"
+    vqrs.compress(small_rows, method="product", random_state=0).save(path)
+    content = bytearray(path.read_bytes())
+    content[5000] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(vqrs.TableCorruptError, match="checksum"):
+        vqrs.open(path).save(tmp_path / "again.safetensors")
+    assert not (tmp_path / "again.safetensors").exists()
+
+
+def test_save_follows_links_and_refuses_what_is_no_file(small_rows, tmp_path):
+    table = vqrs.compress(small_rows, method="scalar")
+    target, link = tmp_path / "target.safetensors", tmp_path / "link.safetensors"
+    target.write_bytes(b"old")
+    link.symlink_to(target)
+    table.save(link)
+    assert link.is_symlink()
+    assert vqrs.open(target).shape == table.shape
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(OSError, match="no regular file"):
+        table.save(tmp_path / "pipe")
+
+
+def test_a_copy_in_another_process_checks_as_much(small_rows, tmp_path):
+    path = tmp_path / "table.safetensors"
+    vqrs.compress(small_rows, method="product", random_state=0).save(path)
+    content = bytearray(path.read_bytes())
+    content[4096] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(vqrs.TableCorruptError):
+        pickle.loads(pickle.dumps(vqrs.open(path, verify="lazy")))[0]
+
+
+def test_cosine_of_tiny_rows_is_exact(small_rows):
+    table = vqrs.compress(small_rows, method="scalar", dtype="int8")
+    tiny = vqrs.compress(small_rows * np.float32(2.0**-80), method="scalar", dtype="int8")
+    wanted = table.search(small_rows[:3], k=4, metric="cosine")
+    found = tiny.search(small_rows[:3] * np.float32(2.0**-60), k=4, metric="cosine")
+    np.testing.assert_array_equal(found[1], wanted[1])
+    np.testing.assert_allclose(found[0], wanted[0], rtol=1e-6)
+
+
+def test_sizes_that_no_machine_holds_are_refused():
+    with pytest.raises(ValueError, match="too large"):
+        vqrs.estimate(10, 4096, "residual", n_stages=4096, n_bits=16)
+    with pytest.raises(ValueError, match=r"2\^48 rows"):
+        vqrs.estimate(2**62, 2**40)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import os
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -88,6 +89,9 @@ def compress(
     """Compress the rows of IN into the table file OUT."""
     parameters = _read_settings(method, settings or [])
     budget = _read_budget(ratio, n_bytes, max_error, method)
+    path_in = source if os.path.exists(source) else source.rpartition(":")[0]
+    if out.exists() and os.path.exists(path_in) and os.path.samefile(path_in, out):
+        raise typer.BadParameter(f"OUT is IN, {path_in}: the rows would be lost, name another file")
     rows = read_rows(source)
     start = time.perf_counter()
     with _progress_bar() as progress:

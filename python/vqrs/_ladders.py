@@ -51,6 +51,8 @@ class Rates(NamedTuple):
     variants: Callable[[int, int], list[dict[str, Any]]] = lambda n_rows, dim: [{}]
     """Other parameters, each of which starts a ladder of its own."""
     stagewise: bool = False
+    steps_unasked: int | None = None
+    """Steps that are tried where the kind was not asked for by name; None for all."""
 
 
 ROWS_PER_CENTROID = 64
@@ -73,7 +75,8 @@ RATES = {
     ),
     # Codebooks are padded to a power of two, so nothing between two of them is smaller than the larger.
     "kmeans": Rates("n_clusters", lambda n_rows, dim: [1 << b for b in range(1, 17) if 1 << b < 2 * n_rows]),
-    "residual": Rates("n_stages", lambda n_rows, dim: range(1, 33), stagewise=True),
+    # Fits of many stages take minutes, which is for those who ask for them.
+    "residual": Rates("n_stages", lambda n_rows, dim: range(1, 33), stagewise=True, steps_unasked=8),
 }
 """The kinds whose parameters are searched, from the cheapest to the dearest to try. Others are tried as they are."""
 
@@ -82,10 +85,10 @@ def ladders_for(kind: str | None, parameters: dict[str, Any], n_rows: int, dim: 
     """The ladders of a kind with some parameters fixed, or of all kinds, from the cheapest to the dearest to try."""
     known = [entry["name"] for entry in _core.kinds()]
     kinds = [kind] if kind is not None else sorted(known, key=lambda k: list(RATES).index(k) if k in RATES else -1)
-    return [ladder for name in kinds for ladder in _ladders_of(name, parameters, (n_rows, dim))]
+    return [ladder for name in kinds for ladder in _ladders_of(name, parameters, (n_rows, dim), kind is not None)]
 
 
-def _ladders_of(kind: str, parameters: dict[str, Any], shape: tuple[int, int]) -> Iterator[Ladder]:
+def _ladders_of(kind: str, parameters: dict[str, Any], shape: tuple[int, int], asked: bool) -> Iterator[Ladder]:
     rates = RATES.get(kind)
     if rates is None:
         yield Ladder(kind, parameters, None, [None], shape)
@@ -96,7 +99,8 @@ def _ladders_of(kind: str, parameters: dict[str, Any], shape: tuple[int, int]) -
         if rates.rate in parameters:
             yield Ladder(kind, fixed, None, [None], shape)
         else:
-            yield Ladder(kind, fixed, rates.rate, rates.values(*shape), shape, rates.stagewise)
+            values = rates.values(*shape)[: None if asked else rates.steps_unasked]
+            yield Ladder(kind, fixed, rates.rate, values, shape, rates.stagewise)
 
 
 def default_parameters() -> dict[str, dict[str, Any]]:

@@ -65,7 +65,9 @@ def open(
     ...     print(table.shape, n_bytes == os.path.getsize(path))
     (4, 4) True
     """
-    return Table(_core.Table.open(os.fsdecode(path), verify, mode))
+    table = Table(_core.Table.open(os.fsdecode(path), verify, mode))
+    table._verify = verify
+    return table
 
 
 class Table:
@@ -101,6 +103,8 @@ class Table:
 
     def __init__(self, core: _core.Table) -> None:
         self._core = core
+        # How a copy of this table is opened in another process.
+        self._verify: Literal["header", "lazy", "full"] = "header"
 
     # ---- what it is ------------------------------------------------------------------------------------------------
 
@@ -476,7 +480,7 @@ class Table:
 
     def __reduce__(self) -> tuple[Any, ...]:
         if self.path is not None and not self._core.closed:
-            return open, (os.path.abspath(self.path), "header", "mmap" if self._core.mapped else "read")
+            return open, (os.path.abspath(self.path), self._verify, "mmap" if self._core.mapped else "read")
         errors = json.loads(self._core.info())["errors"]
         return _from_parts, (*self._core.codec().to_parts(), self.codes, errors, self.names, self.metadata)
 

@@ -18,6 +18,9 @@ struct Pool {
 /// lock could be held by another thread at the moment of a fork.
 static POOLS: [OnceLock<Pool>; 128] = [const { OnceLock::new() }; 128];
 
+/// More threads than any machine's cores only take time to start.
+const MAX_THREADS: usize = 256;
+
 /// How many threads a call may use: `n_jobs` as scikit-learn reads it (-1: all, -2: all but one), else
 /// `VQRS_NUM_THREADS`, `RAYON_NUM_THREADS`, or the cores that this process may use (affinity and cgroup).
 pub fn threads(n_jobs: Option<i64>) -> usize {
@@ -29,7 +32,7 @@ pub fn threads(n_jobs: Option<i64>) -> usize {
         Some(n) if n < 0 => (cores() as i64 + 1 + n).max(1) as usize,
         _ => from_env("VQRS_NUM_THREADS").or_else(|| from_env("RAYON_NUM_THREADS")).unwrap_or_else(cores),
     }
-    .min(1024)
+    .min(MAX_THREADS)
 }
 
 fn pool(threads: usize) -> &'static rayon::ThreadPool {

@@ -120,19 +120,21 @@ fn scan_tables(table: &Table, scorer: &Scorer, metric: Metric, rows: std::ops::R
 
 fn scan_decoded(table: &Table, queries: Matrix, metric: Metric, rows: std::ops::Range<usize>, best: &mut [Best]) {
     let mut decoded = vec![0f32; BLOCK_ROWS * table.dim()];
-    let norms: Vec<f32> = (0..queries.rows()).map(|query| dot(queries.row(query), queries.row(query)).sqrt()).collect();
+    let norms: Vec<f64> = (0..queries.rows()).map(|query| norm(queries.row(query))).collect();
     for start in rows.clone().step_by(BLOCK_ROWS) {
         let len = BLOCK_ROWS.min(rows.end - start);
         let decoded = &mut decoded[..len * table.dim()];
         table.decoder().decode(table.codes(), Ids::Range { start, len }, decoded);
         for (index, row) in decoded.chunks(table.dim()).enumerate() {
-            let length = if metric == Metric::Cosine { dot(row, row).sqrt() } else { 0.0 };
+            let length = if metric == Metric::Cosine { norm(row) } else { 0.0 };
             for (query, best) in best.iter_mut().enumerate() {
                 let cost = match metric {
                     Metric::InnerProduct => -dot(queries.row(query), row),
                     Metric::L2 => squared_distance(queries.row(query), row),
                     // The cosine with a zero vector is 0.
-                    Metric::Cosine => -dot(queries.row(query), row) / (norms[query] * length).max(f32::MIN_POSITIVE),
+                    Metric::Cosine => {
+                        -(wide_dot(queries.row(query), row) / (norms[query] * length).max(f64::MIN_POSITIVE)) as f32
+                    }
                 };
                 best.offer(Hit { cost, row: start + index });
             }
@@ -154,6 +156,15 @@ fn lanes(a: &[f32], b: &[f32], term: impl Fn(f32, f32) -> f32) -> f32 {
 
 fn dot(a: &[f32], b: &[f32]) -> f32 {
     lanes(a, b, |a, b| a * b)
+}
+
+/// In float64, where products of very small or large values keep their digits.
+fn wide_dot(a: &[f32], b: &[f32]) -> f64 {
+    a.iter().zip(b).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum()
+}
+
+fn norm(a: &[f32]) -> f64 {
+    wide_dot(a, a).sqrt()
 }
 
 fn squared_distance(a: &[f32], b: &[f32]) -> f32 {

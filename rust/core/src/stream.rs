@@ -17,6 +17,10 @@ pub fn estimate(kind: &str, parameters: Map<String, Value>, rows: usize, dim: us
     if rows == 0 || dim == 0 {
         return Err(Error::shape("the table", format!("{rows} rows of {dim}"), "at least one row and one feature"));
     }
+    if rows > 1 << 48 || dim > 1 << 24 {
+        let expected = "at most 2^48 rows and 2^24 features";
+        return Err(Error::shape("the table", format!("{rows} rows of {dim}"), expected));
+    }
     let decoder = quantizer.blank(rows, dim)?;
     let about = About { kind: kind.into(), parameters: quantizer.parameters(), ..Default::default() };
     crate::table::format::file_size(&layout(&decoder, &about, &[]), rows as u64)

@@ -1,7 +1,10 @@
 //! Plain vector quantization: each row becomes its nearest centroid (Lloyd, 1982).
 //! Centroids are rounded to their stored type before rows are assigned to them.
 
-use super::{check_loop, encode_nearest, group, note_distinct, shrink_clusters, within, Encoder, Learned, Quantizer};
+use super::{
+    check_codebooks, check_loop, encode_nearest, group, note_distinct, shrink_clusters, within, Encoder, Learned,
+    Quantizer,
+};
 use crate::algo::kmeans::KMeans;
 use crate::algo::nearest::Columns;
 use crate::bits;
@@ -28,10 +31,13 @@ impl Default for VectorQuantizer {
 }
 
 impl VectorQuantizer {
+    fn bits(&self) -> u32 {
+        usize::BITS - (self.n_clusters - 1).max(1).leading_zeros()
+    }
+
     fn books(&self, dim: usize, entries: usize, centers: Vec<f32>) -> Result<Decoder> {
-        let bits = usize::BITS - (self.n_clusters - 1).max(1).leading_zeros();
         let group = group(dim, entries, vec![0]);
-        Ok(Decoder::Books(Books::new(dim, bits, self.codebook_dtype, vec![(group, centers)])?))
+        Ok(Decoder::Books(Books::new(dim, self.bits(), self.codebook_dtype, vec![(group, centers)])?))
     }
 }
 
@@ -45,11 +51,13 @@ impl Quantizer for VectorQuantizer {
     }
 
     fn blank(&self, rows: usize, dim: usize) -> Result<Decoder> {
+        check_codebooks(dim, self.bits())?;
         let entries = self.n_clusters.min(rows);
         self.books(dim, entries, vec![0.0; entries * dim])
     }
 
     fn fit(&self, data: Sample, ctx: &Context) -> Result<Learned> {
+        check_codebooks(data.dim(), self.bits())?;
         let mut notes = Vec::new();
         let clusters = shrink_clusters(self.n_clusters, data.len(), &mut notes);
         let kmeans = KMeans { max_iter: self.max_iter, tol: self.tol, ..KMeans::new(clusters) };

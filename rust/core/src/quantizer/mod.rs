@@ -367,6 +367,18 @@ fn note_distinct(distinct: usize, clusters: usize, notes: &mut Vec<String>) {
     }
 }
 
+/// Refuses codebooks that no machine would hold, before anything is allocated. `width`: columns of all books together.
+fn check_codebooks(width: usize, bits: u32) -> Result<()> {
+    const MOST: usize = 1 << 33;
+    match width.checked_mul(1 << bits).filter(|values| *values <= MOST) {
+        Some(_) => Ok(()),
+        None => Err(Error::OutOfRange {
+            what: format!("codebooks of 2^{bits} entries over {width} columns in all are too large"),
+            why: "use fewer bits, clusters or stages".into(),
+        }),
+    }
+}
+
 /// A group of books that all have the same width and entries.
 fn group(width: usize, entries: usize, starts: Vec<usize>) -> GroupSpec {
     GroupSpec { width, entries, starts }

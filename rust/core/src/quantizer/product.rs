@@ -1,7 +1,10 @@
 //! Product quantization (Jégou, Douze and Schmid, 2011): each part of a row becomes the nearest centroid of its own
 //! codebook. Unlike the paper, the dimension need not be divisible: the first parts are one column wider.
 
-use super::{check_loop, encode_nearest, group, note_distinct, shrink_clusters, within, Encoder, Learned, Quantizer};
+use super::{
+    check_codebooks, check_loop, encode_nearest, group, note_distinct, shrink_clusters, within, Encoder, Learned,
+    Quantizer,
+};
 use crate::algo::kmeans::KMeans;
 use crate::algo::nearest::Columns;
 use crate::decoder::{Books, CodebookDtype, Decoder, GroupSpec};
@@ -66,12 +69,14 @@ impl Quantizer for ProductQuantizer {
     }
 
     fn blank(&self, rows: usize, dim: usize) -> Result<Decoder> {
+        check_codebooks(dim, self.n_bits)?;
         let entries = rows.min(1 << self.n_bits);
         let parts = split(dim, self.n_subvectors.min(dim));
         self.books(dim, entries, parts.iter().map(|(_, width)| vec![0.0; entries * width]).collect())
     }
 
     fn fit(&self, data: Sample, ctx: &Context) -> Result<Learned> {
+        check_codebooks(data.dim(), self.n_bits)?;
         let mut notes = Vec::new();
         let parts = self.n_subvectors.min(data.dim());
         if parts < self.n_subvectors {

@@ -4,7 +4,7 @@
 //! residual is computed for a beam entry. After the stages are trained one by one, all codebooks are refined together:
 //! least squares for the codes, then codes for the codebooks, keeping each row's old code where that is better.
 
-use super::{check_loop, group, note_distinct, shrink_clusters, squared_distance, within};
+use super::{check_codebooks, check_loop, group, note_distinct, shrink_clusters, squared_distance, within};
 use super::{Encoder, Learned, Quantizer, BLOCK_ROWS};
 use crate::algo::kmeans::KMeans;
 use crate::algo::nearest::{Centroids, Columns};
@@ -96,11 +96,13 @@ impl Quantizer for ResidualQuantizer {
     }
 
     fn blank(&self, rows: usize, dim: usize) -> Result<Decoder> {
+        check_codebooks(self.n_stages.saturating_mul(dim), self.n_bits)?;
         let entries = rows.min(1 << self.n_bits);
         self.books(dim, entries, vec![0.0; self.n_stages * entries * dim])
     }
 
     fn fit(&self, data: Sample, ctx: &Context) -> Result<Learned> {
+        check_codebooks(self.n_stages.saturating_mul(data.dim()), self.n_bits)?;
         let mut notes = Vec::new();
         let entries = shrink_clusters(1 << self.n_bits, data.len(), &mut notes);
         let (mut stages, mut codes, n_iter, distinct) = self.stages(data, entries, ctx)?;

@@ -241,6 +241,11 @@ impl File {
         if !self.is_lazy() {
             return Ok(());
         }
+        self.check_rows(rows)
+    }
+
+    /// Checks the blocks that hold these rows, each once.
+    pub fn check_rows(&self, rows: Range<usize>) -> Result<()> {
         let start = self.header.entries[0].range().start;
         self.check_range(&(start + rows.start * self.row_bytes..start + rows.end * self.row_bytes))
     }

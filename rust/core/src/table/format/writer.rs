@@ -29,6 +29,7 @@ impl Writer {
     pub fn create(path: &Path, layout: Layout, durable: bool) -> Result<Self> {
         layout.check()?;
         let room = header::room(&layout)?;
+        let path = &target(path)?;
         let io = |e| Error::io(path, e);
         let file = temporary(path).map_err(io)?;
         let out = Blocks::after(room, file).map_err(io)?;
@@ -240,5 +241,19 @@ fn sweep_one(path: &Path) {
         if file.try_lock().is_ok() {
             let _ = std::fs::remove_file(path);
         }
+    }
+}
+
+/// Where a file is really written: links are followed, and what is no regular file, a device for example, is refused
+/// rather than replaced.
+fn target(path: &Path) -> Result<std::path::PathBuf> {
+    match std::fs::metadata(path) {
+        Ok(found) if found.is_file() => std::fs::canonicalize(path).map_err(|e| Error::io(path, e)),
+        Ok(found) if !found.is_dir() => {
+            let kind = std::io::ErrorKind::InvalidInput;
+            Err(Error::io(path, std::io::Error::new(kind, "is no regular file: save under another name")))
+        }
+        // A folder is refused where the file would take its place, by the system.
+        _ => Ok(path.into()),
     }
 }
