@@ -47,8 +47,8 @@ def compress(
     With a budget (``ratio`` or ``nbytes``) the kind of quantizer and its parameters of least error that fit into it are
     chosen, all bytes counted; with ``max_error``, those of least bytes. Candidates are tried on a random sample of at
     most 8,192 rows and judged on others; the best few are fitted in full and compared by their real error. Time plays
-    no part, so that the choice repeats for a ``random_state``; but residual codes of more than 8 stages, which take minutes
-    to fit, are tried only for ``method="residual"``.
+    no part, so that the choice repeats for a ``random_state``; but residual codes of more than 8 stages, whose fits
+    take minutes, are tried only for ``method="residual"``.
 
     Parameters
     ----------
