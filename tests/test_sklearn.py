@@ -3,6 +3,7 @@
 import inspect
 import os
 import pickle
+import unittest
 
 import numpy as np
 import pytest
@@ -60,7 +61,7 @@ def test_estimator_check(estimator, check):
     assert os.environ["SCIPY_ARRAY_API"] == "1", "conftest.py sets it before scipy is imported"
     try:
         check(estimator())
-    except pytest.skip.Exception as skipped:
+    except (pytest.skip.Exception, unittest.SkipTest) as skipped:
         pytest.fail(f"scikit-learn skipped the check: {skipped}")
 
 
