@@ -24,6 +24,9 @@ const STEP_ITERATIONS: usize = 10;
 const ROWS_PER_CENTER: usize = 256;
 const MOST_VALUES: usize = 1 << 26;
 
+/// Columns whose covariance is still worth its memory, 256 MiB.
+const MOST_COLUMNS: usize = 8192;
+
 /// Rows that covariances are estimated from.
 const COVARIANCE_ROWS: usize = 8192;
 
@@ -32,7 +35,7 @@ const POWER_STEPS: usize = 6;
 
 /// Whether there are many columns, and more distinct rows than centres: else each row should get a centre of its own.
 pub(super) fn helps(rows: &Rows, count: usize) -> bool {
-    rows.x.width() > FIRST * 3 / 2 && seeding::more_distinct_than(rows, count)
+    (FIRST * 3 / 2 + 1..=MOST_COLUMNS).contains(&rows.x.width()) && seeding::more_distinct_than(rows, count)
 }
 
 /// Centres for all columns of `rows`, or fewer than `count` if the rows have fewer distinct values.

@@ -454,7 +454,7 @@ impl Search {
     /// A score that at least `keep` candidates reach, and few more: the `keep`-th smallest minimum of many lanes.
     fn threshold(&self, keep: usize) -> f32 {
         let lanes = (keep * 8).clamp(RUN, 1024);
-        if self.candidates.len() < 2 * lanes {
+        if keep > lanes || self.candidates.len() < 2 * lanes {
             return f32::INFINITY;
         }
         let mut least = vec![f32::INFINITY; lanes];
