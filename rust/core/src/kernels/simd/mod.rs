@@ -1,0 +1,97 @@
+//! One generic body per kernel, over a small trait of vector operations.
+//!
+//! The bodies are inlined into functions that switch an instruction set on for the whole loop; every body and every
+//! operation is `inline(always)`, because a call across that border would pass vectors through memory.
+//!
+//! # Safety
+//!
+//! All functions here need the instruction set of their vector type. Each body checks its preconditions first (see
+//! [`super::check`]); these and the sliced row of codes keep its pointers inside their slices.
+
+mod books;
+mod levels;
+mod nearest;
+mod products;
+mod vectors;
+
+pub(super) use books::lookup_books;
+pub(super) use levels::lookup_levels;
+pub(super) use nearest::nearest;
+pub(super) use products::products;
+pub(super) use vectors::{add, axpy, max_into};
+
+use super::{check, scalar, BooksView, Ids, Level, LevelsView, Panels, Products, Scales, Values};
+use crate::bits;
+
+/// Rows between the one that is decoded and the one that is fetched from memory.
+const AHEAD: usize = 48;
+
+/// A vector of `f32`.
+pub(in crate::kernels) trait Simd: Copy {
+    /// Numbers in a vector.
+    const LANES: usize;
+    /// The same number in all lanes.
+    unsafe fn splat(value: f32) -> Self;
+    /// Reads `LANES` numbers, aligned or not.
+    unsafe fn load(from: *const f32) -> Self;
+    /// Writes `LANES` numbers, aligned or not.
+    unsafe fn store(self, to: *mut f32);
+    /// self + other.
+    unsafe fn add(self, other: Self) -> Self;
+    /// self - other.
+    unsafe fn sub(self, other: Self) -> Self;
+    /// self * other.
+    unsafe fn mul(self, other: Self) -> Self;
+    /// self * factor + sum, rounded once.
+    unsafe fn fma(self, factor: Self, sum: Self) -> Self;
+    /// sum - self * factor, rounded once.
+    unsafe fn fnma(self, factor: Self, sum: Self) -> Self;
+    /// self < other ? yes : no, lane by lane.
+    unsafe fn less(self, other: Self, yes: Self, no: Self) -> Self;
+    /// self < other ? self : other.
+    #[inline(always)]
+    unsafe fn min(self, other: Self) -> Self {
+        // SAFETY: the caller has the instruction set.
+        unsafe { self.less(other, self, other) }
+    }
+    /// self > other ? self : other.
+    #[inline(always)]
+    unsafe fn max(self, other: Self) -> Self {
+        // SAFETY: the caller has the instruction set.
+        unsafe { other.less(self, self, other) }
+    }
+}
+
+/// Vectors that read narrower numbers: what lookups need. Pointers may be unaligned.
+pub(in crate::kernels) trait Widen: Simd {
+    /// Reads `LANES` numbers of half precision.
+    unsafe fn load_f16(from: *const u16) -> Self;
+    /// Reads `LANES` numbers of bfloat16.
+    unsafe fn load_bf16(from: *const u16) -> Self;
+    /// Reads `LANES` bytes.
+    unsafe fn load_u8(from: *const u8) -> Self;
+    /// Reads `LANES` nibbles, low bits first.
+    unsafe fn load_u4(from: *const u8) -> Self;
+    /// Reads `LANES` pairs of bits, low bits first.
+    unsafe fn load_u2(from: *const u8) -> Self;
+    /// One number of half precision.
+    unsafe fn one_f16(bits: u16) -> f32;
+    /// Asks for a cache line. Any address is fine.
+    fn prefetch(address: *const u8);
+}
+
+/// The codes from the row at `position` to the end, with a row further on asked for.
+#[inline(always)]
+fn row_codes<'a, S: Widen>(codes: &'a [u8], row_bytes: usize, ids: &Ids, position: usize) -> &'a [u8] {
+    if position + AHEAD < ids.len() {
+        let next = codes.as_ptr().wrapping_add(ids.get(position + AHEAD).wrapping_mul(row_bytes));
+        for line in (0..row_bytes).step_by(64) {
+            S::prefetch(next.wrapping_add(line));
+        }
+        // The last byte may stand in one line more.
+        S::prefetch(next.wrapping_add(row_bytes - 1));
+    }
+    let tail = &codes[ids.get(position).wrapping_mul(row_bytes)..];
+    assert!(tail.len() >= row_bytes, "an id outside the codes");
+    tail
+}

@@ -1,0 +1,102 @@
+//! AVX2 and AVX-512: the vector operations, and the functions that switch them on for a whole loop.
+
+mod pack;
+mod vectors;
+
+use super::scalar;
+use super::simd;
+use super::{BooksView, Ids, Kernels, LevelsView, Panels, Products};
+use pack::pack;
+use vectors::{Eight, Sixteen};
+
+/// The tables that this CPU can run.
+pub(super) fn available() -> Vec<&'static Kernels> {
+    let mut all = Vec::new();
+    if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c") {
+        all.push(&AVX2);
+        let wide = is_x86_feature_detected!("avx512bw") && is_x86_feature_detected!("avx512vl");
+        if wide && is_x86_feature_detected!("avx512f") {
+            all.push(&AVX512);
+        }
+    }
+    all
+}
+
+/// 12 sums of 16 registers. One vector of rows more would not leave room for the centre.
+static AVX2: Kernels = Kernels {
+    name: "avx2",
+    panel_rows: 16,
+    block_centers: 6,
+    panel_centers: 16,
+    lookup_books,
+    lookup_levels,
+    pack: pack::<16>,
+    nearest: avx2_nearest,
+    dots: avx2_dots,
+    distances: avx2_distances,
+    axpy,
+    add,
+    max_into,
+    carries,
+};
+
+/// 24 sums of 32 registers. Lookups wait for memory, so that wider vectors would not help them.
+static AVX512: Kernels = Kernels {
+    name: "avx512",
+    panel_rows: 48,
+    block_centers: 8,
+    panel_centers: 32,
+    lookup_books,
+    lookup_levels,
+    pack: pack::<48>,
+    nearest: avx512_nearest,
+    dots: avx512_dots,
+    distances: avx512_distances,
+    axpy,
+    add,
+    max_into,
+    carries,
+};
+
+/// A safe function around a body that is compiled for more features than the crate.
+macro_rules! shell {
+    ($features:literal, fn $name:ident($($argument:ident: $type:ty),*) = $body:expr) => {
+        fn $name($($argument: $type),*) {
+            #[target_feature(enable = $features)]
+            unsafe fn inside($($argument: $type),*) {
+                // SAFETY: this function has the features of the body's vectors.
+                unsafe { $body($($argument),*) }
+            }
+            // SAFETY: the tables of this file are handed out only where the CPU has the features.
+            unsafe { inside($($argument),*) }
+        }
+    };
+}
+
+shell!("avx2,fma,f16c", fn lookup_books(view: &BooksView, codes: &[u8], ids: Ids, out: &mut [f32])
+    = simd::lookup_books::<Eight>);
+shell!("avx2,fma,f16c", fn lookup_levels(view: &LevelsView, codes: &[u8], ids: Ids, out: &mut [f32])
+    = simd::lookup_levels::<Eight>);
+shell!("avx2,fma,f16c", fn axpy(out: &mut [f32], x: &[f32], weight: f32) = simd::axpy::<Eight>);
+shell!("avx2,fma,f16c", fn add(out: &mut [f32], x: &[f32]) = simd::add::<Eight>);
+shell!("avx2,fma,f16c", fn max_into(out: &mut [f32], x: &[f32]) = simd::max_into::<Eight>);
+shell!("avx2,fma,f16c", fn avx2_nearest(task: &Panels, labels: &mut [u32], best: &mut [f32], second: &mut [f32])
+    = simd::nearest::<Eight, 2, 6>);
+shell!("avx2,fma,f16c", fn avx2_dots(task: &Products, out: &mut [f32]) = simd::products::<Eight, 2, 6, false>);
+shell!("avx2,fma,f16c", fn avx2_distances(task: &Products, out: &mut [f32]) = simd::products::<Eight, 2, 4, true>);
+shell!("avx512f,avx512bw,avx512vl,avx2,fma,f16c",
+    fn avx512_nearest(task: &Panels, labels: &mut [u32], best: &mut [f32], second: &mut [f32])
+    = simd::nearest::<Sixteen, 3, 8>);
+shell!("avx512f,avx512bw,avx512vl,avx2,fma,f16c", fn avx512_dots(task: &Products, out: &mut [f32])
+    = simd::products::<Sixteen, 2, 12, false>);
+shell!("avx512f,avx512bw,avx512vl,avx2,fma,f16c", fn avx512_distances(task: &Products, out: &mut [f32])
+    = simd::products::<Sixteen, 2, 12, true>);
+
+fn carries(words: &[u32], mask: u32, one: u32) -> u32 {
+    #[target_feature(enable = "avx2")]
+    fn inside(words: &[u32], mask: u32, one: u32) -> u32 {
+        scalar::carries(words, mask, one)
+    }
+    // SAFETY: the tables of this file are handed out only where the CPU has the feature.
+    unsafe { inside(words, mask, one) }
+}

@@ -1,0 +1,152 @@
+//! The vector operations of AVX2 and AVX-512.
+
+use crate::kernels::simd::{Simd, Widen};
+use std::arch::x86_64::*;
+
+/// Eight numbers in an AVX register.
+#[derive(Clone, Copy)]
+pub(super) struct Eight(pub(super) __m256);
+
+/// Sixteen numbers in an AVX-512 register.
+#[derive(Clone, Copy)]
+pub(super) struct Sixteen(pub(super) __m512);
+
+/// Operations that are one expression.
+macro_rules! operations {
+    ($(fn $name:ident($($argument:ident: $type:ty),*) -> $out:ty = $body:expr;)*) => {
+        $(#[inline(always)]
+        unsafe fn $name($($argument: $type),*) -> $out {
+            // SAFETY: the caller has the instruction set, and pointers to all numbers that are read or written.
+            unsafe { $body }
+        })*
+    };
+}
+
+// `self` is not an identifier that a macro can take: methods are listed with their names for it.
+macro_rules! arithmetic {
+    ($vector:ident, $add:ident, $sub:ident, $mul:ident, $fma:ident, $fnma:ident, $store:ident) => {
+        #[inline(always)]
+        unsafe fn store(self, to: *mut f32) {
+            // SAFETY: the caller has the instruction set and room for a vector.
+            unsafe { $store(to, self.0) }
+        }
+        #[inline(always)]
+        unsafe fn add(self, other: Self) -> Self {
+            // SAFETY: the caller has the instruction set.
+            $vector(unsafe { $add(self.0, other.0) })
+        }
+        #[inline(always)]
+        unsafe fn sub(self, other: Self) -> Self {
+            // SAFETY: the caller has the instruction set.
+            $vector(unsafe { $sub(self.0, other.0) })
+        }
+        #[inline(always)]
+        unsafe fn mul(self, other: Self) -> Self {
+            // SAFETY: the caller has the instruction set.
+            $vector(unsafe { $mul(self.0, other.0) })
+        }
+        #[inline(always)]
+        unsafe fn fma(self, factor: Self, sum: Self) -> Self {
+            // SAFETY: the caller has the instruction set.
+            $vector(unsafe { $fma(self.0, factor.0, sum.0) })
+        }
+        #[inline(always)]
+        unsafe fn fnma(self, factor: Self, sum: Self) -> Self {
+            // SAFETY: the caller has the instruction set.
+            $vector(unsafe { $fnma(self.0, factor.0, sum.0) })
+        }
+    };
+}
+
+impl Simd for Eight {
+    const LANES: usize = 8;
+    arithmetic!(
+        Eight,
+        _mm256_add_ps,
+        _mm256_sub_ps,
+        _mm256_mul_ps,
+        _mm256_fmadd_ps,
+        _mm256_fnmadd_ps,
+        _mm256_storeu_ps
+    );
+    operations! {
+        fn splat(value: f32) -> Self = Eight(_mm256_set1_ps(value));
+        fn load(from: *const f32) -> Self = Eight(_mm256_loadu_ps(from));
+    }
+    #[inline(always)]
+    unsafe fn less(self, other: Self, yes: Self, no: Self) -> Self {
+        // SAFETY: the caller has the instruction set. A blend takes its second operand where the mask is set.
+        unsafe { Eight(_mm256_blendv_ps(no.0, yes.0, _mm256_cmp_ps::<_CMP_LT_OQ>(self.0, other.0))) }
+    }
+    #[inline(always)]
+    unsafe fn min(self, other: Self) -> Self {
+        // SAFETY: the caller has the instruction set, whose minimum is `a < b ? a : b`.
+        Eight(unsafe { _mm256_min_ps(self.0, other.0) })
+    }
+    #[inline(always)]
+    unsafe fn max(self, other: Self) -> Self {
+        // SAFETY: the caller has the instruction set, whose maximum is `a > b ? a : b`.
+        Eight(unsafe { _mm256_max_ps(self.0, other.0) })
+    }
+}
+
+impl Widen for Eight {
+    operations! {
+        fn load_f16(from: *const u16) -> Self = Eight(_mm256_cvtph_ps(_mm_loadu_si128(from.cast())));
+        fn load_bf16(from: *const u16) -> Self = {
+            let wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(from.cast()));
+            Eight(_mm256_castsi256_ps(_mm256_slli_epi32::<16>(wide)))
+        };
+        fn load_u8(from: *const u8) -> Self = {
+            Eight(_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64(from.cast()))))
+        };
+        fn load_u4(from: *const u8) -> Self = {
+            let all = _mm256_set1_epi32(from.cast::<i32>().read_unaligned());
+            let each = _mm256_srlv_epi32(all, _mm256_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28));
+            Eight(_mm256_cvtepi32_ps(_mm256_and_si256(each, _mm256_set1_epi32(15))))
+        };
+        fn load_u2(from: *const u8) -> Self = {
+            let all = _mm256_set1_epi32(i32::from(from.cast::<u16>().read_unaligned()));
+            let each = _mm256_srlv_epi32(all, _mm256_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14));
+            Eight(_mm256_cvtepi32_ps(_mm256_and_si256(each, _mm256_set1_epi32(3))))
+        };
+        fn one_f16(bits: u16) -> f32 = _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(i32::from(bits))));
+    }
+    #[inline(always)]
+    fn prefetch(address: *const u8) {
+        // SAFETY: a prefetch does not fault, whatever the address.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(address.cast()) }
+    }
+}
+
+impl Simd for Sixteen {
+    const LANES: usize = 16;
+    arithmetic!(
+        Sixteen,
+        _mm512_add_ps,
+        _mm512_sub_ps,
+        _mm512_mul_ps,
+        _mm512_fmadd_ps,
+        _mm512_fnmadd_ps,
+        _mm512_storeu_ps
+    );
+    operations! {
+        fn splat(value: f32) -> Self = Sixteen(_mm512_set1_ps(value));
+        fn load(from: *const f32) -> Self = Sixteen(_mm512_loadu_ps(from));
+    }
+    #[inline(always)]
+    unsafe fn less(self, other: Self, yes: Self, no: Self) -> Self {
+        // SAFETY: the caller has the instruction set. A blend takes its second operand where the mask is set.
+        unsafe { Sixteen(_mm512_mask_blend_ps(_mm512_cmp_ps_mask::<_CMP_LT_OQ>(self.0, other.0), no.0, yes.0)) }
+    }
+    #[inline(always)]
+    unsafe fn min(self, other: Self) -> Self {
+        // SAFETY: the caller has the instruction set, whose minimum is `a < b ? a : b`.
+        Sixteen(unsafe { _mm512_min_ps(self.0, other.0) })
+    }
+    #[inline(always)]
+    unsafe fn max(self, other: Self) -> Self {
+        // SAFETY: the caller has the instruction set, whose maximum is `a > b ? a : b`.
+        Sixteen(unsafe { _mm512_max_ps(self.0, other.0) })
+    }
+}
