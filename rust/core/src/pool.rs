@@ -78,11 +78,19 @@ impl Progress {
 /// What every long call carries: threads, seed, the wish to stop, and progress.
 #[derive(Clone, Debug)]
 pub struct Context {
-    threads: usize,
+    n_jobs: Option<i64>,
+    /// Found when first asked for: counting the cores takes longer than a small lookup.
+    threads: OnceLock<usize>,
     /// Seed of everything random.
     pub seed: u64,
-    cancelled: Arc<AtomicBool>,
-    progress: Arc<Progress>,
+    shared: Arc<Shared>,
+}
+
+/// What a context has in common with its copies.
+#[derive(Debug, Default)]
+struct Shared {
+    cancelled: AtomicBool,
+    progress: Progress,
 }
 
 impl Default for Context {
@@ -94,12 +102,12 @@ impl Default for Context {
 impl Context {
     /// A context with `n_jobs` threads (see [`threads`]) and a seed.
     pub fn new(n_jobs: Option<i64>, seed: u64) -> Self {
-        Context { threads: threads(n_jobs), seed, cancelled: Arc::default(), progress: Arc::default() }
+        Context { n_jobs, threads: OnceLock::new(), seed, shared: Arc::default() }
     }
 
     /// Threads that this call may use.
     pub fn threads(&self) -> usize {
-        self.threads
+        *self.threads.get_or_init(|| threads(self.n_jobs))
     }
 
     /// The same context with another seed (progress and cancellation stay shared).
@@ -109,42 +117,42 @@ impl Context {
 
     /// The same context for work that stays on the calling thread.
     pub fn serial(&self) -> Self {
-        Context { threads: 1, ..self.clone() }
+        Context { n_jobs: Some(1), threads: OnceLock::new(), ..self.clone() }
     }
 
     /// Asks the call to stop; it returns [`Error::Interrupted`] at its next check.
     pub fn cancel(&self) {
-        self.cancelled.store(true, Ordering::Relaxed);
+        self.shared.cancelled.store(true, Ordering::Relaxed);
     }
 
     /// Fails once [`Context::cancel`] was called. Cheap: call it once a block of rows.
     pub fn check(&self) -> Result<()> {
-        if self.cancelled.load(Ordering::Relaxed) {
+        if self.shared.cancelled.load(Ordering::Relaxed) {
             return Err(Error::Interrupted);
         }
         Ok(())
     }
 
     /// Where progress can be read.
-    pub fn progress(&self) -> &Arc<Progress> {
-        &self.progress
+    pub fn progress(&self) -> &Progress {
+        &self.shared.progress
     }
 
     /// Starts a stage of `total` units of work.
     pub fn stage(&self, name: &'static str, total: u64) {
-        *self.progress.stage.lock().unwrap_or_else(PoisonError::into_inner) = name;
-        self.progress.done.store(0, Ordering::Relaxed);
-        self.progress.total.store(total, Ordering::Relaxed);
+        *self.progress().stage.lock().unwrap_or_else(PoisonError::into_inner) = name;
+        self.progress().done.store(0, Ordering::Relaxed);
+        self.progress().total.store(total, Ordering::Relaxed);
     }
 
     /// Counts work as done.
     pub fn advance(&self, units: u64) {
-        self.progress.done.fetch_add(units, Ordering::Relaxed);
+        self.progress().done.fetch_add(units, Ordering::Relaxed);
     }
 
     /// Runs `work` inside the pool, so that parallel iterators in it use this context's threads.
     pub fn install<R: Send>(&self, work: impl FnOnce() -> R + Send) -> R {
-        pool(self.threads).install(work)
+        pool(self.threads()).install(work)
     }
 
     /// Runs `work(index, chunk)` over chunks of `size` values of `out`, in parallel and stopping early when cancelled.
@@ -156,7 +164,7 @@ impl Context {
         work: impl Fn(usize, &mut [T]) -> Result<()> + Sync,
     ) -> Result<()> {
         let run = |(index, chunk): (usize, &mut [T])| self.check().and_then(|()| work(index, chunk));
-        if self.threads == 1 || out.len() <= size {
+        if out.len() <= size || self.threads() == 1 {
             return out.chunks_mut(size).enumerate().try_for_each(run);
         }
         self.install(|| out.par_chunks_mut(size).enumerate().try_for_each(run))
@@ -165,7 +173,7 @@ impl Context {
     /// `work(0), ..., work(count - 1)` in parallel, results in order.
     pub fn map<T: Send>(&self, count: usize, work: impl Fn(usize) -> Result<T> + Sync) -> Result<Vec<T>> {
         let run = |index: usize| self.check().and_then(|()| work(index));
-        if self.threads == 1 || count <= 1 {
+        if count <= 1 || self.threads() == 1 {
             return (0..count).map(run).collect();
         }
         self.install(|| (0..count).into_par_iter().map(run).collect())
