@@ -220,13 +220,35 @@ impl Centroids {
         }
     }
 
+    /// The centre of the lowest score |c|^2 / 2 - <x, c> for each row, the first of equals, as [`Centroids::nearest`] has
+    /// it, with that score and the next lowest, on the calling thread. Rows and centres are moved by the same vector
+    /// first: twice a score is the squared distance less [`Centroids::moved_norm`], up to twice
+    /// [`Centroids::error_bound`]. With one centre the next lowest score is infinite.
+    pub fn scores_block(&self, x: Columns, labels: &mut [u32], lowest: &mut [f32], second: &mut [f32]) {
+        self.check(x, labels.len(), Some(lowest));
+        self.check(x, labels.len(), Some(second));
+        let mut scratch = Scratch::new(self, true);
+        for first in (0..x.rows()).step_by(scratch.rows) {
+            let last = x.rows().min(first + scratch.rows);
+            scratch.run(self, x.block(first..last));
+            labels[first..last].copy_from_slice(&scratch.labels[..last - first]);
+            lowest[first..last].copy_from_slice(&scratch.best[..last - first]);
+            second[first..last].copy_from_slice(&scratch.second[..last - first]);
+        }
+    }
+
+    /// The squared norm of a row that is moved as the scores have it.
+    pub fn moved_norm(&self, row: &[f32]) -> f64 {
+        squared_distance(row, &self.shift)
+    }
+
     /// How far a score in float32 can be from half the squared distance less half the squared norm of the row.
     ///
     /// With u = 2^-24: moving the row and the centre rounds each value once, which changes half the squared distance by
     /// at most u |x - c| (|x| + |c|) <= u (|x| + |c|)^2; the half norm is rounded once; and each step of the chain of
     /// `width` steps rounds a partial sum that is at most |c|^2 / 2 + |x| |c|. Twice that covers terms of order
     /// u^2 and the rounding of |x|.
-    fn error_bound(&self, row: &[f32]) -> f64 {
+    pub fn error_bound(&self, row: &[f32]) -> f64 {
         let norm = f64::from(near_distance(row, &self.shift)).sqrt();
         let steps = (self.width + 1) as f64 * (self.reach * self.reach / 2.0 + norm * self.reach);
         2.0 * f64::from(f32::EPSILON) / 2.0 * (steps + (norm + self.reach).powi(2)) + f64::from(f32::MIN_POSITIVE)
@@ -462,6 +484,29 @@ mod tests {
                     let mut label = [0];
                     centroids.nearest_block(x.block(row..row + 1), &mut label, None);
                     assert_eq!(label[0], expected[row]);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn scores_are_within_their_bound() {
+        let rng = &mut Rng::new(8);
+        for (rows, width, count) in [(200, 2, 256), (130, 17, 40), (64, 40, 2)] {
+            let (x, centers) = (normal(rng, rows * width), normal(rng, count * width));
+            let (x, centroids) = (Columns::contiguous(&x, width), Centroids::new(&centers, width));
+            let (mut labels, mut expected) = (vec![0; rows], vec![0; rows]);
+            let (mut lowest, mut second) = (vec![0.0; rows], vec![0.0; rows]);
+            centroids.scores_block(x, &mut labels, &mut lowest, &mut second);
+            centroids.nearest_block(x, &mut expected, None);
+            assert_eq!(labels, expected);
+            for row in 0..rows {
+                let mut distances: Vec<f64> =
+                    centers.chunks_exact(width).map(|center| squared_distance(x.row(row), center)).collect();
+                distances.sort_by(f64::total_cmp);
+                for (score, distance) in [lowest[row], second[row]].into_iter().zip(distances) {
+                    let error = (f64::from(score) * 2.0 + centroids.moved_norm(x.row(row)) - distance).abs();
+                    assert!(error <= 2.0 * centroids.error_bound(x.row(row)), "{error}");
                 }
             }
         }

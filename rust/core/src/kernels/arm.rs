@@ -27,11 +27,12 @@ static NEON: Kernels = Kernels {
     add,
     max_into,
     carries: scalar::carries,
+    fma_peak,
 };
 
 macro_rules! shell {
-    (fn $name:ident($($argument:ident: $type:ty),*) = $body:expr) => {
-        fn $name($($argument: $type),*) {
+    (fn $name:ident($($argument:ident: $type:ty),*) $(-> $out:ty)? = $body:expr) => {
+        fn $name($($argument: $type),*) $(-> $out)? {
             // SAFETY: NEON is part of aarch64.
             unsafe { $body($($argument),*) }
         }
@@ -47,6 +48,7 @@ shell!(fn distances(task: &Products, out: &mut [f32]) = simd::products::<Four, 4
 shell!(fn axpy(out: &mut [f32], x: &[f32], weight: f32) = simd::axpy::<Four>);
 shell!(fn add(out: &mut [f32], x: &[f32]) = simd::add::<Four>);
 shell!(fn max_into(out: &mut [f32], x: &[f32]) = simd::max_into::<Four>);
+shell!(fn fma_peak(rounds: usize) -> f32 = simd::fma_peak::<Four, 24>);
 
 /// Four numbers in a NEON register.
 #[derive(Clone, Copy)]

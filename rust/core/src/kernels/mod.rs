@@ -230,6 +230,9 @@ pub struct Products<'a> {
     pub count: usize,
 }
 
+/// Multiply-adds of single numbers in a round of [`Kernels::fma_peak`]: the same for all vector widths.
+pub const PEAK_FMAS: usize = 3072;
+
 /// The kernels of one instruction set. All tables give the same bits.
 pub struct Kernels {
     /// `scalar`, `avx2`, `avx512` or `neon`.
@@ -263,6 +266,9 @@ pub struct Kernels {
     /// `carries(words, mask, one)`: all of `(word & mask) + one` or-ed together. With the exponent's bits as `mask` and
     /// its lowest one as `one`, the bit above it is set if any exponent is full: NaN or infinity, in one pass.
     pub carries: fn(&[u32], u32, u32) -> u32,
+    /// `fma_peak(rounds)`: does `rounds` times [`PEAK_FMAS`] fused multiply-adds from registers alone, as fast as the CPU
+    /// can. The yardstick of benchmarks; the value is of no use and only keeps the work alive.
+    pub fma_peak: fn(usize) -> f32,
 }
 
 impl std::fmt::Debug for Kernels {

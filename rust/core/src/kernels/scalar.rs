@@ -1,6 +1,6 @@
 //! The meaning of every kernel: one plain loop each.
 
-use super::{check, BooksView, Ids, Kernels, Level, LevelsView, Panels, Products, Scales, Values};
+use super::{check, BooksView, Ids, Kernels, Level, LevelsView, Panels, Products, Scales, Values, PEAK_FMAS};
 use crate::bits;
 use half::{bf16, f16};
 
@@ -19,6 +19,7 @@ pub(super) static KERNELS: Kernels = Kernels {
     add,
     max_into,
     carries,
+    fma_peak,
 };
 
 const PANEL_ROWS: usize = 8;
@@ -170,4 +171,9 @@ fn max_into(out: &mut [f32], x: &[f32]) {
 #[inline(always)]
 pub(super) fn carries(words: &[u32], mask: u32, one: u32) -> u32 {
     words.iter().fold(0, |all, word| all | (word & mask).wrapping_add(one))
+}
+
+fn fma_peak(rounds: usize) -> f32 {
+    let (factor, summand) = std::hint::black_box((0.5, 0.5));
+    (0..rounds * PEAK_FMAS).fold(0.0, |sum: f32, _| sum.mul_add(factor, summand))
 }

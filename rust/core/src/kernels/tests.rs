@@ -207,6 +207,13 @@ fn packing_transposes() {
 }
 
 #[test]
+fn the_yardstick_comes_to_an_end() {
+    for kernels in available() {
+        assert!((kernels.fma_peak)(1).is_finite(), "{}", kernels.name);
+    }
+}
+
+#[test]
 fn a_forced_path() {
     assert_eq!(choose(Some("scalar")).kernels.name, "scalar");
     assert!(choose(Some("scalar")).error.is_none() && choose(Some("")).error.is_none() && choose(None).error.is_none());

@@ -11,12 +11,14 @@
 mod books;
 mod levels;
 mod nearest;
+mod peak;
 mod products;
 mod vectors;
 
 pub(super) use books::lookup_books;
 pub(super) use levels::lookup_levels;
 pub(super) use nearest::nearest;
+pub(super) use peak::fma_peak;
 pub(super) use products::products;
 pub(super) use vectors::{add, axpy, max_into};
 

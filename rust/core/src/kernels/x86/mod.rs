@@ -38,6 +38,7 @@ static AVX2: Kernels = Kernels {
     add,
     max_into,
     carries,
+    fma_peak: avx2_fma_peak,
 };
 
 /// 24 sums of 32 registers. Lookups wait for memory, so that wider vectors would not help them.
@@ -56,14 +57,15 @@ static AVX512: Kernels = Kernels {
     add,
     max_into,
     carries,
+    fma_peak: avx512_fma_peak,
 };
 
 /// A safe function around a body that is compiled for more features than the crate.
 macro_rules! shell {
-    ($features:literal, fn $name:ident($($argument:ident: $type:ty),*) = $body:expr) => {
-        fn $name($($argument: $type),*) {
+    ($features:literal, fn $name:ident($($argument:ident: $type:ty),*) $(-> $out:ty)? = $body:expr) => {
+        fn $name($($argument: $type),*) $(-> $out)? {
             #[target_feature(enable = $features)]
-            unsafe fn inside($($argument: $type),*) {
+            unsafe fn inside($($argument: $type),*) $(-> $out)? {
                 // SAFETY: this function has the features of the body's vectors.
                 unsafe { $body($($argument),*) }
             }
@@ -91,6 +93,9 @@ shell!("avx512f,avx512bw,avx512vl,avx2,fma,f16c", fn avx512_dots(task: &Products
     = simd::products::<Sixteen, 2, 12, false>);
 shell!("avx512f,avx512bw,avx512vl,avx2,fma,f16c", fn avx512_distances(task: &Products, out: &mut [f32])
     = simd::products::<Sixteen, 2, 12, true>);
+shell!("avx2,fma,f16c", fn avx2_fma_peak(rounds: usize) -> f32 = simd::fma_peak::<Eight, 12>);
+shell!("avx512f,avx512bw,avx512vl,avx2,fma,f16c", fn avx512_fma_peak(rounds: usize) -> f32
+    = simd::fma_peak::<Sixteen, 12>);
 
 fn carries(words: &[u32], mask: u32, one: u32) -> u32 {
     #[target_feature(enable = "avx2")]
