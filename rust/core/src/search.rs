@@ -124,7 +124,7 @@ fn scan_decoded(table: &Table, queries: Matrix, metric: Metric, rows: std::ops::
     for start in rows.clone().step_by(BLOCK_ROWS) {
         let len = BLOCK_ROWS.min(rows.end - start);
         let decoded = &mut decoded[..len * table.dim()];
-        table.decoder().decode(table.codes(), Ids::Range { start, len }, decoded);
+        table.decoder().decode(table.codes(), Ids::Range { start, len }, &mut *decoded);
         for (index, row) in decoded.chunks(table.dim()).enumerate() {
             let length = if metric == Metric::Cosine { norm(row) } else { 0.0 };
             for (query, best) in best.iter_mut().enumerate() {

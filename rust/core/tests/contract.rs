@@ -1,8 +1,9 @@
 //! Every kind of quantizer times every law. A new kind is covered by being in `KINDS`.
 
+use half::{bf16, f16};
 use serde_json::{json, Map, Value};
 use vqrs_core::decoder::{Decoder, Metric};
-use vqrs_core::kernels::Ids;
+use vqrs_core::kernels::{Ids, Output};
 use vqrs_core::matrix::{Matrix, Sample};
 use vqrs_core::pool::Context;
 use vqrs_core::quantizer::{Codec, ErrorSums, KINDS};
@@ -109,6 +110,11 @@ fn lookup_is_decode_and_pool_is_a_sum() {
         let ids = [5i64, 0, 299, 5, 120];
         let mut out = vec![0f32; ids.len() * DIM];
         table.lookup(Ids::I64(&ids), &mut out, &ctx).unwrap();
+        let mut halves = vec![0u16; out.len()];
+        table.lookup(Ids::I64(&ids), Output::F16(&mut halves), &ctx).unwrap();
+        assert!(out.iter().zip(&halves).all(|(value, half)| f16::from_f32(*value).to_bits() == *half), "{kind}");
+        table.lookup(Ids::I64(&ids), Output::Bf16(&mut halves), &ctx).unwrap();
+        assert!(out.iter().zip(&halves).all(|(value, half)| bf16::from_f32(*value).to_bits() == *half), "{kind}");
         for (row, id) in out.chunks(DIM).zip(ids) {
             assert_eq!(row, &all[id as usize * DIM..][..DIM], "{kind} {parameters:?}");
         }

@@ -6,7 +6,7 @@
 use super::{take, Metric, Scorer};
 use crate::bits;
 use crate::error::{Error, Result};
-use crate::kernels::{self, Book, BooksView, Ids, Values};
+use crate::kernels::{self, Book, BooksView, Ids, Output, Values};
 use crate::tensor::{Dtype, Tensor};
 use serde::{Deserialize, Serialize};
 
@@ -183,8 +183,9 @@ impl Books {
         books
     }
 
-    pub(super) fn decode(&self, codes: &[u8], ids: Ids, out: &mut [f32]) {
-        (kernels::best().lookup_books)(&self.view(), codes, ids, out);
+    pub(super) fn decode(&self, codes: &[u8], ids: Ids, out: Output) {
+        let (kernels, view) = (kernels::best(), self.view());
+        kernels.write(self.dim(), out, |rows, out| (kernels.lookup_books)(&view, codes, ids.slice(rows), out));
     }
 
     fn view(&self) -> BooksView<'_> {

@@ -3,7 +3,7 @@
 use super::take;
 use crate::bits;
 use crate::error::{Error, Result};
-use crate::kernels::{self, Ids, Level, LevelsView, Scales};
+use crate::kernels::{self, Ids, Level, LevelsView, Output, Scales};
 use crate::tensor::{Dtype, Tensor};
 use half::f16;
 use serde::{Deserialize, Serialize};
@@ -190,7 +190,7 @@ impl Levels {
         self.columns.iter().flat_map(|(scale, offset)| [scale.clone(), offset.clone()]).collect()
     }
 
-    pub(super) fn decode(&self, codes: &[u8], ids: Ids, out: &mut [f32]) {
+    pub(super) fn decode(&self, codes: &[u8], ids: Ids, out: Output) {
         let spec = &self.spec;
         let scales = match (&self.columns, spec.shared()) {
             (Some((scale, offset)), _) => Scales::Columns { scale: scale.floats(), offset: offset.floats() },
@@ -203,7 +203,8 @@ impl Levels {
             },
         };
         let view = LevelsView { dim: spec.dim, row_bytes: self.row_bytes(), level: spec.dtype.level(), scales };
-        (kernels::best().lookup_levels)(&view, codes, ids, out);
+        let kernels = kernels::best();
+        kernels.write(self.dim(), out, |rows, out| (kernels.lookup_levels)(&view, codes, ids.slice(rows), out));
     }
 
     pub(super) fn bad_row(&self, codes: &[u8]) -> Option<usize> {

@@ -10,7 +10,7 @@ pub use books::{Books, CodebookDtype, GroupSpec};
 pub use levels::{Granularity, Levels, LevelsSpec, Number};
 
 use crate::error::{Error, Result};
-use crate::kernels::Ids;
+use crate::kernels::{Ids, Output};
 use crate::tensor::Tensor;
 use serde_json::{Map, Value};
 
@@ -86,10 +86,10 @@ impl Decoder {
     }
 
     /// Decodes the rows `ids` of `codes` into `out`, on the calling thread. Ids must be inside the codes.
-    pub fn decode(&self, codes: &[u8], ids: Ids, out: &mut [f32]) {
+    pub fn decode<'a>(&self, codes: &[u8], ids: Ids, out: impl Into<Output<'a>>) {
         match self {
-            Decoder::Books(books) => books.decode(codes, ids, out),
-            Decoder::Levels(levels) => levels.decode(codes, ids, out),
+            Decoder::Books(books) => books.decode(codes, ids, out.into()),
+            Decoder::Levels(levels) => levels.decode(codes, ids, out.into()),
         }
     }
 

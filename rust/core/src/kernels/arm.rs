@@ -26,6 +26,8 @@ static NEON: Kernels = Kernels {
     axpy,
     add,
     max_into,
+    to_f16,
+    to_bf16: scalar::to_bf16,
     carries: scalar::carries,
     fma_peak,
 };
@@ -49,6 +51,7 @@ shell!(fn axpy(out: &mut [f32], x: &[f32], weight: f32) = simd::axpy::<Four>);
 shell!(fn add(out: &mut [f32], x: &[f32]) = simd::add::<Four>);
 shell!(fn max_into(out: &mut [f32], x: &[f32]) = simd::max_into::<Four>);
 shell!(fn fma_peak(rounds: usize) -> f32 = simd::fma_peak::<Four, 24>);
+shell!(fn to_f16(x: &[f32], out: &mut [u16]) = simd::to_f16::<Four>);
 
 /// Four numbers in a NEON register.
 #[derive(Clone, Copy)]
@@ -136,6 +139,15 @@ impl Widen for Four {
             let all = u32::from(*from);
             Self::of_integers([all & 3, all >> 2 & 3, all >> 4 & 3, all >> 6])
         };
+    }
+    #[inline(always)]
+    unsafe fn store_f16(self, to: *mut u16) {
+        let mut values = [0.0; 4];
+        // SAFETY: the array holds a vector; the caller has room for one.
+        unsafe {
+            self.store(values.as_mut_ptr());
+            to.cast::<[half::f16; 4]>().write_unaligned(values.map(half::f16::from_f32));
+        }
     }
     #[inline(always)]
     unsafe fn one_f16(bits: u16) -> f32 {

@@ -95,6 +95,53 @@ impl Values<'_> {
     }
 }
 
+/// Where decoded rows go, and in which type: half precision and bfloat16 are the float32 values rounded to nearest even.
+#[derive(Debug)]
+pub enum Output<'a> {
+    /// Single precision.
+    F32(&'a mut [f32]),
+    /// Bit patterns of IEEE half precision.
+    F16(&'a mut [u16]),
+    /// Upper halves of single precision.
+    Bf16(&'a mut [u16]),
+}
+
+impl<'a> From<&'a mut [f32]> for Output<'a> {
+    fn from(values: &'a mut [f32]) -> Self {
+        Output::F32(values)
+    }
+}
+
+impl<'a> From<&'a mut Vec<f32>> for Output<'a> {
+    fn from(values: &'a mut Vec<f32>) -> Self {
+        Output::F32(values)
+    }
+}
+
+impl Output<'_> {
+    /// How many values.
+    pub fn len(&self) -> usize {
+        match self {
+            Output::F32(values) => values.len(),
+            Output::F16(values) | Output::Bf16(values) => values.len(),
+        }
+    }
+
+    /// True for no values.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// The values at a range of positions.
+    pub fn slice(&mut self, range: Range<usize>) -> Output<'_> {
+        match self {
+            Output::F32(values) => Output::F32(&mut values[range]),
+            Output::F16(values) => Output::F16(&mut values[range]),
+            Output::Bf16(values) => Output::Bf16(&mut values[range]),
+        }
+    }
+}
+
 /// One codebook: 2^bits entries of `width` values.
 #[derive(Clone, Copy, Debug)]
 pub struct Book<'a> {
@@ -263,12 +310,37 @@ pub struct Kernels {
     pub add: fn(&mut [f32], &[f32]),
     /// `max_into(out, x)`: out = x where x > out.
     pub max_into: fn(&mut [f32], &[f32]),
+    /// Half precision of single precision, rounded to nearest even.
+    pub to_f16: fn(&[f32], &mut [u16]),
+    /// Bfloat16 of single precision, rounded to nearest even. Numbers too small for a full mantissa are kept.
+    pub to_bf16: fn(&[f32], &mut [u16]),
     /// `carries(words, mask, one)`: all of `(word & mask) + one` or-ed together. With the exponent's bits as `mask` and
     /// its lowest one as `one`, the bit above it is set if any exponent is full: NaN or infinity, in one pass.
     pub carries: fn(&[u32], u32, u32) -> u32,
     /// `fma_peak(rounds)`: does `rounds` times [`PEAK_FMAS`] fused multiply-adds from registers alone, as fast as the CPU
     /// can. The yardstick of benchmarks; the value is of no use and only keeps the work alive.
     pub fma_peak: fn(usize) -> f32,
+}
+
+/// Values that are decoded before they are rounded to a narrower type: they stay in the first-level cache.
+const ROUNDED: usize = 2048;
+
+impl Kernels {
+    /// Fills rows of `dim` values of any type; `decode(rows, out)` makes a range of them in single precision.
+    pub fn write(&self, dim: usize, out: Output, mut decode: impl FnMut(Range<usize>, &mut [f32])) {
+        let (out, round) = match out {
+            Output::F32(out) => return decode(0..out.len() / dim, out),
+            Output::F16(out) => (out, self.to_f16),
+            Output::Bf16(out) => (out, self.to_bf16),
+        };
+        let step = (ROUNDED / dim).max(1);
+        let mut rows = vec![0.0; (step * dim).min(out.len())];
+        for (index, out) in out.chunks_mut(step * dim).enumerate() {
+            let rows = &mut rows[..out.len()];
+            decode(index * step..index * step + out.len() / dim, rows);
+            round(rows, out);
+        }
+    }
 }
 
 impl std::fmt::Debug for Kernels {
@@ -381,7 +453,7 @@ mod check {
         assert_eq!(out.len(), task.rows * task.count, "output of products");
     }
 
-    pub(super) fn pair(out: &[f32], x: &[f32]) {
+    pub(super) fn pair<T>(out: &[T], x: &[f32]) {
         assert_eq!(out.len(), x.len(), "lengths of two vectors");
     }
 }

@@ -18,6 +18,8 @@ pub(super) static KERNELS: Kernels = Kernels {
     axpy,
     add,
     max_into,
+    to_f16,
+    to_bf16,
     carries,
     fma_peak,
 };
@@ -165,6 +167,21 @@ fn max_into(out: &mut [f32], x: &[f32]) {
     check::pair(out, x);
     for (out, x) in out.iter_mut().zip(x) {
         *out = if *x > *out { *x } else { *out };
+    }
+}
+
+pub(super) fn to_f16(x: &[f32], out: &mut [u16]) {
+    check::pair(out, x);
+    for (out, x) in out.iter_mut().zip(x) {
+        *out = f16::from_f32(*x).to_bits();
+    }
+}
+
+#[inline(always)]
+pub(super) fn to_bf16(x: &[f32], out: &mut [u16]) {
+    check::pair(out, x);
+    for (out, x) in out.iter_mut().zip(x) {
+        *out = bf16::from_f32(*x).to_bits();
     }
 }
 

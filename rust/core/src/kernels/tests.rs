@@ -190,6 +190,24 @@ fn pairs() {
 }
 
 #[test]
+fn rounding() {
+    // Every pattern of the upper half with lower halves around the ties of both types, denormals included.
+    let lower = [0u32, 1, 0x0fff, 0x1000, 0x1001, 0x3000, 0x7fff, 0x8000, 0x8001, 0xffff];
+    for low in lower {
+        let x: Vec<f32> = (0..=0xffff_u32).map(|high| f32::from_bits(high << 16 | low)).collect();
+        for kernels in available() {
+            let (mut f16, mut bf16) = (vec![0; x.len()], vec![0; x.len()]);
+            (kernels.to_f16)(&x, &mut f16);
+            (kernels.to_bf16)(&x, &mut bf16);
+            for (i, x) in x.iter().enumerate() {
+                assert_eq!(f16[i], half::f16::from_f32(*x).to_bits(), "{} {x} {i}", kernels.name);
+                assert_eq!(bf16[i], half::bf16::from_f32(*x).to_bits(), "{} {x} {i}", kernels.name);
+            }
+        }
+    }
+}
+
+#[test]
 fn packing_transposes() {
     for kernels in available() {
         let (rows, width, stride) = (kernels.panel_rows + 3, 11, 13);

@@ -5,7 +5,7 @@ pub mod map;
 
 use crate::decoder::Decoder;
 use crate::error::{Error, Result};
-use crate::kernels::Ids;
+use crate::kernels::{Ids, Output};
 use crate::pool::Context;
 use crate::tensor::{Buffer, Dtype, Tensor};
 use format::{File, Layout, TensorSpec, Writer};
@@ -200,7 +200,8 @@ impl Table {
     }
 
     /// Decodes rows by id; `out` has `ids.len()` rows. Ids must be inside the table: see [`check_ids`].
-    pub fn lookup(&self, ids: Ids, out: &mut [f32], ctx: &Context) -> Result<()> {
+    pub fn lookup<'a>(&self, ids: Ids, out: impl Into<Output<'a>>, ctx: &Context) -> Result<()> {
+        let mut out = out.into();
         let wanted = ids.len() * self.dim();
         if out.len() != wanted {
             let expected = format!("{} rows of {} values", ids.len(), self.dim());
@@ -208,16 +209,17 @@ impl Table {
         }
         self.touch_ids(ids)?;
         if wanted < PARALLEL_VALUES || ctx.threads() == 1 {
-            for (index, chunk) in out.chunks_mut(TASK_ROWS * self.dim()).enumerate() {
+            for start in (0..ids.len()).step_by(TASK_ROWS) {
                 ctx.check()?;
-                let start = index * TASK_ROWS;
-                self.decoder.decode(self.codes(), ids.slice(start..start + chunk.len() / self.dim()), chunk);
+                let rows = start..ids.len().min(start + TASK_ROWS);
+                let out = out.slice(rows.start * self.dim()..rows.end * self.dim());
+                self.decoder.decode(self.codes(), ids.slice(rows), out);
             }
         } else {
-            ctx.chunks(out, TASK_ROWS * self.dim(), |index, chunk| {
+            chunks(out, TASK_ROWS * self.dim(), ctx, |index, chunk| {
                 let start = index * TASK_ROWS;
-                self.decoder.decode(self.codes(), ids.slice(start..start + chunk.len() / self.dim()), chunk);
-                Ok(())
+                let rows = start..start + chunk.len() / self.dim();
+                self.decoder.decode(self.codes(), ids.slice(rows), chunk);
             })?;
         }
         self.intact()
@@ -225,15 +227,16 @@ impl Table {
 
     /// Combines the rows of each bag: bag `b` is `ids[offsets[b]..offsets[b + 1]]`, the last one up to the end. Empty
     /// bags give zeros.
-    pub fn pool(
+    pub fn pool<'a>(
         &self,
         ids: Ids,
         offsets: &[i64],
         weights: Option<&[f32]>,
         pooling: Pooling,
-        out: &mut [f32],
+        out: impl Into<Output<'a>>,
         ctx: &Context,
     ) -> Result<()> {
+        let out = out.into();
         let bags = bag_ranges(offsets, ids.len())?;
         if out.len() != bags.len() * self.dim() {
             let expected = format!("{} rows of {} values", bags.len(), self.dim());
@@ -249,20 +252,19 @@ impl Table {
             }
         }
         self.touch_ids(ids)?;
-        let work = |start: usize, chunk: &mut [f32]| {
+        let work = |start: usize, chunk: Output| {
             let mut rows = Vec::new();
-            for (index, out) in chunk.chunks_mut(self.dim()).enumerate() {
-                self.pool_bag(ids, bags[start + index].clone(), weights, pooling, &mut rows, out);
-            }
+            crate::kernels::best().write(self.dim(), chunk, |bags_here, out| {
+                for (bag, out) in bags_here.zip(out.chunks_mut(self.dim())) {
+                    self.pool_bag(ids, bags[start + bag].clone(), weights, pooling, &mut rows, out);
+                }
+            });
         };
         if ids.len() * self.dim() < PARALLEL_VALUES || ctx.threads() == 1 {
             work(0, out);
         } else {
             const BAGS: usize = 64;
-            ctx.chunks(out, BAGS * self.dim(), |index, chunk| {
-                work(index * BAGS, chunk);
-                Ok(())
-            })?;
+            chunks(out, BAGS * self.dim(), ctx, |index, chunk| work(index * BAGS, chunk))?;
         }
         self.intact()
     }
@@ -283,7 +285,7 @@ impl Table {
         for start in bag.clone().step_by(PART) {
             let part = start..bag.end.min(start + PART);
             rows.resize(part.len() * self.dim(), 0.0);
-            self.decoder.decode(self.codes(), ids.slice(part.clone()), rows);
+            self.decoder.decode(self.codes(), ids.slice(part.clone()), &mut *rows);
             for (index, row) in rows.chunks(self.dim()).enumerate() {
                 match (pooling, weights) {
                     (Pooling::Max, _) if part.start + index == bag.start => out.copy_from_slice(row),
@@ -470,6 +472,19 @@ pub fn layout(decoder: &Decoder, about: &About, extra: &[Tensor]) -> Layout {
         row_bytes: decoder.row_bytes(),
         tensors: decoder.tensors().iter().map(spec).collect(),
         extra: extra.iter().map(spec).collect(),
+    }
+}
+
+/// [`Context::chunks`] for values of any type.
+fn chunks(out: Output, size: usize, ctx: &Context, work: impl Fn(usize, Output) + Sync) -> Result<()> {
+    let run = |index: usize, chunk: Output| {
+        work(index, chunk);
+        Ok(())
+    };
+    match out {
+        Output::F32(out) => ctx.chunks(out, size, |index, chunk| run(index, Output::F32(chunk))),
+        Output::F16(out) => ctx.chunks(out, size, |index, chunk| run(index, Output::F16(chunk))),
+        Output::Bf16(out) => ctx.chunks(out, size, |index, chunk| run(index, Output::Bf16(chunk))),
     }
 }
 

@@ -20,7 +20,7 @@ pub(super) use levels::lookup_levels;
 pub(super) use nearest::nearest;
 pub(super) use peak::fma_peak;
 pub(super) use products::products;
-pub(super) use vectors::{add, axpy, max_into};
+pub(super) use vectors::{add, axpy, max_into, to_f16};
 
 use super::{check, scalar, BooksView, Ids, Level, LevelsView, Panels, Products, Scales, Values};
 use crate::bits;
@@ -76,6 +76,8 @@ pub(in crate::kernels) trait Widen: Simd {
     unsafe fn load_u4(from: *const u8) -> Self;
     /// Reads `LANES` pairs of bits, low bits first.
     unsafe fn load_u2(from: *const u8) -> Self;
+    /// Rounds to half precision, to nearest even, and writes `LANES` of them.
+    unsafe fn store_f16(self, to: *mut u16);
     /// One number of half precision.
     unsafe fn one_f16(bits: u16) -> f32;
     /// Asks for a cache line. Any address is fine.

@@ -1,6 +1,6 @@
 //! Two vectors combined value by value.
 
-use super::{check, Simd};
+use super::{check, scalar, Simd, Widen};
 
 /// Combines two slices value by value: whole vectors with the first expression, the rest with the second.
 macro_rules! zip {
@@ -27,3 +27,14 @@ macro_rules! zip {
 zip!(axpy(weight: f32), |old, new| S::splat(weight).fma(new, old), weight.mul_add(new, old));
 zip!(add(), |old, new| old.add(new), old + new);
 zip!(max_into(), |old, new| new.max(old), if new > old { new } else { old });
+
+#[inline(always)]
+pub(in crate::kernels) unsafe fn to_f16<S: Widen>(x: &[f32], out: &mut [u16]) {
+    check::pair(out, x);
+    let whole = out.len() - out.len() % S::LANES;
+    for t in (0..whole).step_by(S::LANES) {
+        // SAFETY: both slices have `LANES` values from `t`.
+        unsafe { S::load(x.as_ptr().add(t)).store_f16(out.as_mut_ptr().add(t)) };
+    }
+    scalar::to_f16(&x[whole..], &mut out[whole..]);
+}

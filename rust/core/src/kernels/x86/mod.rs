@@ -37,6 +37,8 @@ static AVX2: Kernels = Kernels {
     axpy,
     add,
     max_into,
+    to_f16,
+    to_bf16,
     carries,
     fma_peak: avx2_fma_peak,
 };
@@ -56,6 +58,8 @@ static AVX512: Kernels = Kernels {
     axpy,
     add,
     max_into,
+    to_f16,
+    to_bf16,
     carries,
     fma_peak: avx512_fma_peak,
 };
@@ -96,6 +100,17 @@ shell!("avx512f,avx512bw,avx512vl,avx2,fma,f16c", fn avx512_distances(task: &Pro
 shell!("avx2,fma,f16c", fn avx2_fma_peak(rounds: usize) -> f32 = simd::fma_peak::<Eight, 12>);
 shell!("avx512f,avx512bw,avx512vl,avx2,fma,f16c", fn avx512_fma_peak(rounds: usize) -> f32
     = simd::fma_peak::<Sixteen, 12>);
+
+shell!("avx2,fma,f16c", fn to_f16(x: &[f32], out: &mut [u16]) = simd::to_f16::<Eight>);
+
+fn to_bf16(x: &[f32], out: &mut [u16]) {
+    #[target_feature(enable = "avx2")]
+    fn inside(x: &[f32], out: &mut [u16]) {
+        scalar::to_bf16(x, out)
+    }
+    // SAFETY: the tables of this file are handed out only where the CPU has the feature.
+    unsafe { inside(x, out) }
+}
 
 fn carries(words: &[u32], mask: u32, one: u32) -> u32 {
     #[target_feature(enable = "avx2")]

@@ -113,6 +113,11 @@ impl Widen for Eight {
         fn one_f16(bits: u16) -> f32 = _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(i32::from(bits))));
     }
     #[inline(always)]
+    unsafe fn store_f16(self, to: *mut u16) {
+        // SAFETY: the caller has the instruction set and room for a vector.
+        unsafe { _mm_storeu_si128(to.cast(), _mm256_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(self.0)) }
+    }
+    #[inline(always)]
     fn prefetch(address: *const u8) {
         // SAFETY: a prefetch does not fault, whatever the address.
         unsafe { _mm_prefetch::<_MM_HINT_T0>(address.cast()) }
