@@ -14,7 +14,7 @@ PYTHON_FILES := python tests benches examples docs tools
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 .PHONY: help demo test test-rust test-fast test-slow test-torch check check-rust check-python check-docs \
-        docs bench-compare bench-memory clean
+        docs bench-compare bench-speed bench-memory clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -61,6 +61,9 @@ docs: $(VENV)/with-docs ## build the documentation into docs/_build
 bench-compare: $(VENV)/with-bench $(VENV)/minilm ## errors and inertias beside those of Faiss and scikit-learn
 	$(RUN) -m benches.compare error
 	$(RUN) -m benches.compare kmeans
+
+bench-speed: $(VENV)/with-bench ## times beside those of torch, numpy, Faiss, scikit-learn and nanopq
+	$(RUN) -m benches.compare speed
 
 bench-memory: $(VENV)/with-bench ## a table of 10,000,000 x 128: streamed, opened, shared (needs 5 GB of disk)
 	$(RUN) -m benches.memory

@@ -1,4 +1,4 @@
-"""``python -m benches.compare error | kmeans | report``: vqrs beside Faiss and scikit-learn."""
+"""``python -m benches.compare error | kmeans | speed | report``: vqrs beside its peers."""
 
 import argparse
 import os
@@ -12,22 +12,25 @@ def use_best_blas() -> None:
         os.environ.setdefault("OPENBLAS_CORETYPE", "SkylakeX")
 
 
-def set_threads(threads: int) -> None:
+def set_up(threads: int) -> None:
     """The same number for every library; read when they load."""
+    use_best_blas()
     for name in ("VQRS_NUM_THREADS", "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
         os.environ[name] = str(threads)
 
 
 def compare_errors(options: argparse.Namespace) -> None:
     """Prints and keeps one line a pair."""
+    set_up(options.threads)
     from . import datasets, report, run
+    from .surroundings import keep
 
     x = datasets.load(options.dataset)
     print(f"{options.dataset}: {x.shape[0]:,} x {x.shape[1]} float32, {x.nbytes:,} bytes")
     print(report.error_header())
     records = []
     for record in run.run_errors(options.dataset, x, options.threads, options.repeat):
-        run.keep("error", record)
+        keep(f"error-{record['date'][:10]}", record)
         records.append(record)
         print(report.error_line(record), flush=True)
     print(report.surroundings_line(records[0]))
@@ -35,20 +38,41 @@ def compare_errors(options: argparse.Namespace) -> None:
 
 def compare_kmeans(options: argparse.Namespace) -> None:
     """Prints and keeps one line a data set."""
+    set_up(options.threads)
     from . import datasets, report, run
+    from .surroundings import keep
 
     print(report.kmeans_header())
     for name, x in datasets.at_hand(3).items():
         for record in run.run_kmeans(name, x, options.threads):
-            run.keep("kmeans", record)
+            keep(f"kmeans-{record['date'][:10]}", record)
             print(report.kmeans_line(record), flush=True)
     print(report.surroundings_line(record))
 
 
-def show(options: argparse.Namespace) -> None:
-    """Prints the records of a file again, and plots the errors."""
-    from . import report
+def measure_speed(options: argparse.Namespace) -> None:
+    """Runs the jobs in a process for each setting."""
+    from .speed import settings
 
+    settings.run(options)
+
+
+def show(options: argparse.Namespace) -> None:
+    """Prints the records of a file again, and plots them; those of speed go into docs/performance.md."""
+    from . import report
+    from .speed import document
+    from .surroundings import RESULTS
+
+    files = options.file or sorted(RESULTS.glob("speed-*[0-9].jsonl"))[-1:]
+    if not files:
+        raise SystemExit(f"nothing in {RESULTS}: run python -m benches.compare speed first")
+    if files[0].name.startswith("speed"):
+        records = document.read(files)
+        print("\n\n".join(document.tables(records).values()))
+        document.write(records)
+        document.plot(records, document.DOCUMENT.with_suffix(".png"))
+        return
+    options.file = files[0]
     records = report.read(options.file)
     errors = "pair" in records[0]
     print(report.error_header() if errors else report.kmeans_header())
@@ -63,7 +87,6 @@ def show(options: argparse.Namespace) -> None:
 def main() -> None:
     """Reads the command line."""
     parser = argparse.ArgumentParser(prog="python -m benches.compare", description=__doc__)
-    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="threads of every library")
     commands = parser.add_subparsers(required=True)
     error = commands.add_parser("error", help="relative errors beside Faiss's")
     error.add_argument("--dataset", default="minilm")
@@ -71,12 +94,21 @@ def main() -> None:
     error.set_defaults(do=compare_errors)
     kmeans = commands.add_parser("kmeans", help="inertia and labels beside scikit-learn's")
     kmeans.set_defaults(do=compare_kmeans)
-    again = commands.add_parser("report", help="print and plot a file of results")
-    again.add_argument("file", type=Path)
+    for command in (error, kmeans):
+        command.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="threads of every library")
+    speed = commands.add_parser("speed", help="times beside those of torch, numpy, Faiss, scikit-learn, nanopq")
+    speed.add_argument("--job", nargs="+", help="only these; an unknown name lists them")
+    speed.add_argument("--quick", action="store_true", help="a tenth of the rows and of the time: shows that all works")
+    speed.add_argument("--threads", type=int, nargs="+", default=[1, 2], help="a process each")
+    speed.add_argument("--simd", nargs="+", help="a process each; the fastest and avx2 by default")
+    speed.add_argument("--seconds", type=float, default=3.0, help="after which a job is repeated no more")
+    speed.add_argument("--setting", help=argparse.SUPPRESS)
+    speed.add_argument("--name", help=argparse.SUPPRESS)
+    speed.set_defaults(do=measure_speed)
+    again = commands.add_parser("report", help="print and plot results")
+    again.add_argument("file", type=Path, nargs="*", help="by default the newest whole run of speed")
     again.set_defaults(do=show)
     options = parser.parse_args()
-    use_best_blas()
-    set_threads(options.threads)
     options.do(options)
 
 

@@ -1,12 +1,7 @@
 """Runs a plan: pairs of ours and a peer's, interleaved, every measurement one JSON line with the error beside it."""
 
-import json
-import os
-import platform
-import subprocess
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,8 +12,7 @@ import vqrs
 from .methods import Method
 from .methods.faiss_kinds import Product, Residual, Scalar
 from .methods.vqrs_kinds import Vqrs
-
-RESULTS = Path(__file__).parent / "results"
+from .surroundings import surroundings
 
 # label, ours, theirs, what differs beyond the names
 Pair = tuple[str, Method, Method, str]
@@ -90,19 +84,6 @@ def measure(method: Method, x: NDArray[np.float32]) -> dict[str, Any]:
     }
 
 
-def surroundings(threads: int) -> dict[str, Any]:
-    """What a number depends on beside the method: machine, versions, commit."""
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
-    return {
-        "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "commit": commit.stdout.strip(),
-        "machine": platform.processor() or platform.machine(),
-        "hardware": vqrs.hardware(),
-        "threads": threads,
-        "openblas_coretype": os.environ.get("OPENBLAS_CORETYPE"),
-    }
-
-
 def run_errors(dataset: str, x: NDArray[np.float32], threads: int, repeat: int) -> Iterator[dict[str, Any]]:
     """One record a pair and repeat: ours, then theirs."""
     common = {**surroundings(threads), "dataset": dataset, "n_rows": len(x), "n_features": x.shape[1]}
@@ -144,10 +125,3 @@ def run_kmeans(
         "labels_differ_float64": int((labels != exact.predict(x.astype(np.float64))).sum()),
         "sklearn_float32_differs_from_float64": int((theirs.predict(x) != exact.predict(x.astype(np.float64))).sum()),
     }
-
-
-def keep(name: str, record: dict[str, Any]) -> None:
-    """Appends a raw record to the results of the day."""
-    RESULTS.mkdir(exist_ok=True)
-    with open(RESULTS / f"{name}-{record['date'][:10]}.jsonl", "a", encoding="utf-8") as file:
-        file.write(json.dumps(record) + "\n")
