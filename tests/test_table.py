@@ -177,6 +177,43 @@ def test_wrong_out(small_table, out, error, words):
         small_table.lookup([0, 1], out=out)
 
 
+def test_wrong_out_of_ids_that_need_no_conversion(small_table):
+    ids = np.array([0, 1])
+    with pytest.raises(ValueError, match="contiguous"):
+        small_table.lookup(ids, out=np.empty((24, 2), np.float32).T)
+    frozen = np.empty((2, 24), np.float32)
+    frozen.flags.writeable = False
+    with pytest.raises(ValueError, match="share no memory"):
+        small_table.lookup(ids, out=frozen)
+    with pytest.raises(TypeError, match="list"):
+        small_table.lookup(ids, out=[[0.0] * 24] * 2)
+    with pytest.raises(TypeError, match="leave one of them out"):
+        small_table.lookup(ids, out=np.empty((2, 24), np.float32), dtype="float16")
+    with pytest.raises(TypeError, match="float64"):
+        small_table.lookup(ids, dtype=np.float64)
+
+
+@pytest.mark.parametrize("ids", [[3, -1, 0], np.array([[1, 2], [0, 5]], np.int32), np.array(7)])
+def test_lookup_in_half_precision(small_table, decoded, ids):
+    rows = decoded[np.asarray(ids)]
+    assert np.array_equal(small_table.lookup(ids, dtype="float16"), rows.astype(np.float16))
+    out = np.empty(rows.shape, np.float16)
+    assert small_table.lookup(ids, out=out) is out
+    assert np.array_equal(out, rows.astype(np.float16))
+    assert np.array_equal(small_table.decode(2, 9, dtype=np.float16), decoded[2:9].astype(np.float16))
+    pooled_half = small_table.pool([1, 2, 3], dtype="float16")
+    assert np.array_equal(pooled_half, small_table.pool([1, 2, 3]).astype(np.float16))
+
+
+def test_lookup_of_ids_in_any_layout(small_table, decoded):
+    ids = np.arange(40)
+    raw = np.zeros(8 * 5 + 1, np.uint8)
+    unaligned = raw[1:].view(np.int64)
+    unaligned[:] = ids[:5]
+    for some in (ids[::3], ids[::-1], ids.reshape(8, 5).T, ids.astype(">i8"), ids.astype(np.uint16), unaligned):
+        assert np.array_equal(small_table.lookup(some), decoded[np.asarray(some).astype(int)])
+
+
 # ---- pool ----------------------------------------------------------------------------------------------------------
 
 

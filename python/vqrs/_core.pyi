@@ -125,25 +125,37 @@ class Table:
         """JSON object: everything in the header (kind, form, parameters, rows, dim, errors, version, tensors, ...)."""
     def lookup(
         self,
-        ids: NDArray[np.int64] | NDArray[np.int32],
-        out: NDArray[np.float32] | None = None,
+        ids: Any,
+        out: Any = None,
         n_jobs: int | None = None,
-    ) -> NDArray[np.float32]:
-        """Rows of 1-D ids, float32 (len(ids), dim). Negative ids count from the end."""
+        dtype: str | None = None,
+        from_end: bool = True,
+    ) -> Any:
+        """Rows of C-contiguous int32 or int64 ids of any shape: (*ids.shape, dim), float32 unless ``out`` or ``dtype``
+        says float16 or bfloat16 (as uint16). None, and nothing done, if ids or out is no such array.
+        Negative ids count from the end, or are refused without ``from_end``."""
     def decode(
-        self, start: int, stop: int, out: NDArray[np.float32] | None = None, n_jobs: int | None = None
-    ) -> NDArray[np.float32]:
+        self,
+        start: int,
+        stop: int,
+        out: Any = None,
+        n_jobs: int | None = None,
+        dtype: str | None = None,
+    ) -> Any:
         """Rows start..stop."""
     def pool(
         self,
-        ids: NDArray[np.int64] | NDArray[np.int32],
+        ids: Any,
         offsets: NDArray[np.int64],
         weights: NDArray[np.float32] | None,
         mode: Literal["sum", "mean", "max"],
-        out: NDArray[np.float32] | None = None,
+        out: Any = None,
         n_jobs: int | None = None,
-    ) -> NDArray[np.float32]:
-        """Bag b is ids[offsets[b]:offsets[b + 1]], the last one up to the end; empty bags give zeros. float32 (len(offsets), dim)."""
+        dtype: str | None = None,
+        from_end: bool = True,
+    ) -> Any:
+        """Bag b is ids[offsets[b]:offsets[b + 1]] of the flattened ids, the last one up to the end; empty bags give zeros.
+        (len(offsets), dim); dtypes as in ``lookup``."""
     def search(
         self,
         queries: NDArray[np.float32],

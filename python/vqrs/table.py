@@ -241,27 +241,32 @@ class Table:
     def _rows_of_slice(self, rows: slice) -> NDArray[np.float32]:
         start, stop, step = rows.indices(len(self))
         if step == 1:
-            return self._core.decode(start, max(start, stop))
-        return self._core.lookup(np.arange(start, stop, step, dtype=np.int64))
+            return self.decode(start, max(start, stop))
+        return self.lookup(np.arange(start, stop, step, dtype=np.int64))
 
     def lookup(
-        self, ids: Any, out: NDArray[np.float32] | None = None, n_jobs: int | None = None
-    ) -> NDArray[np.float32]:
+        self, ids: Any, out: Any = None, n_jobs: int | None = None, dtype: DTypeLike | None = None
+    ) -> NDArray[Any]:
         """Decode rows.
 
         Parameters
         ----------
         ids : int, str, or array-like of either
             Row numbers of any shape and integer type, or a boolean mask of shape (n_rows,), or names. Negative numbers
-            count from the end. numpy arrays, lists, torch CPU tensors.
-        out : ndarray of shape (*ids.shape, n_features), float32, C-contiguous, optional
-            Where the rows are written, so that nothing is allocated.
+            count from the end. numpy arrays, lists, torch CPU tensors. Arrays of int32 and int64 are read where they
+            are.
+        out : ndarray or torch CPU tensor of shape (*ids.shape, n_features), C-contiguous, optional
+            Where the rows are written, so that nothing is allocated: float32, float16, or the bfloat16 of ml_dtypes.
+            Worth it for large results above all: a fresh array of 32 MiB and more is mapped page by page, which takes
+            longer than decoding into it.
         n_jobs : int or None, default=None
             Threads; None takes all that the process may use. Small lookups use one.
+        dtype : {"float32", "float16", "bfloat16"} or dtype, optional
+            Of the rows: that of ``out``, else float32. Rows are decoded in float32 and then rounded to the nearest.
 
         Returns
         -------
-        ndarray of shape (*ids.shape, n_features), float32
+        ndarray of shape (*ids.shape, n_features)
             The rows; ``out`` where it was given.
 
         Raises
@@ -270,41 +275,73 @@ class Table:
             A row that is not there; ids that are not integers.
         KeyError
             A name that no row has.
+        MemoryError
+            There is no room for the rows.
         TypeError, ValueError
-            ``out`` has another dtype, shape or layout.
+            ``out`` has another dtype, shape or layout; ``dtype`` is none of those.
+
+        Examples
+        --------
+        >>> import numpy as np, vqrs
+        >>> table = vqrs.compress(np.eye(3), method="scalar", dtype="float16")
+        >>> buffer = np.empty((2, 3), np.float16)
+        >>> table.lookup([0, -1], out=buffer) is buffer
+        True
+        >>> buffer
+        array([[1., 0., 0.],
+               [0., 0., 1.]], dtype=float16)
         """
-        numbers = self._row_numbers(ids)
-        flat = numbers.reshape(-1)
-        if out is None:
-            return self._core.lookup(flat, n_jobs=as_jobs(n_jobs)).reshape(*numbers.shape, self._core.dim)
-        self._core.lookup(flat, _flat_output(out, (*numbers.shape, self._core.dim)), as_jobs(n_jobs))
-        return out
+        # What the compiled module does not read where it is, it answers by None.
+        name = None if dtype is None else _float_name(dtype)
+        jobs = None if n_jobs is None else as_jobs(n_jobs)
+        rows = self._core.lookup(ids, out, jobs, name)
+        if rows is None:
+            array, name = _output(out, name)
+            rows = self._core.lookup(self._row_numbers(ids), array, jobs, name)
+        if out is not None:
+            return out
+        return _as_bfloat16(rows) if name == "bfloat16" else rows
 
     def decode(
-        self, start: int = 0, stop: int | None = None, out: NDArray[np.float32] | None = None, n_jobs: int | None = None
-    ) -> NDArray[np.float32]:
+        self,
+        start: int = 0,
+        stop: int | None = None,
+        out: Any = None,
+        n_jobs: int | None = None,
+        dtype: DTypeLike | None = None,
+    ) -> NDArray[Any]:
         """Decode the rows from ``start`` up to ``stop``, all by default.
 
         Parameters
         ----------
         start, stop : int
             As in a slice.
-        out : ndarray of shape (stop - start, n_features), float32, C-contiguous, optional
-            Where the rows are written.
+        out : ndarray or torch CPU tensor of shape (stop - start, n_features), C-contiguous, optional
+            Where the rows are written, as in ``lookup``.
         n_jobs : int or None, default=None
             Threads; None takes all that the process may use.
+        dtype : {"float32", "float16", "bfloat16"} or dtype, optional
+            Of the rows: that of ``out``, else float32.
 
         Returns
         -------
-        ndarray of shape (stop - start, n_features), float32
+        ndarray of shape (stop - start, n_features)
             The rows; ``out`` where it was given.
+
+        Raises
+        ------
+        MemoryError
+            There is no room for the rows.
+        TypeError, ValueError
+            ``out`` has another dtype, shape or layout; ``dtype`` is none of those.
         """
         start, stop, _ = slice(start, stop).indices(len(self))
-        stop = max(start, stop)
-        if out is None:
-            return self._core.decode(start, stop, n_jobs=as_jobs(n_jobs))
-        self._core.decode(start, stop, _flat_output(out, (stop - start, self._core.dim)), as_jobs(n_jobs))
-        return out
+        stop, name = max(start, stop), None if dtype is None else _float_name(dtype)
+        array, name = _output(out, name)
+        rows = self._core.decode(start, stop, array, as_jobs(n_jobs), name)
+        if out is not None:
+            return out
+        return _as_bfloat16(rows) if name == "bfloat16" else rows
 
     def to_numpy(self) -> NDArray[np.float32]:
         """All rows, float32 of shape (n_rows, n_features)."""
@@ -326,11 +363,12 @@ class Table:
         offsets: ArrayLike | None = None,
         weights: ArrayLike | None = None,
         mode: PoolMode = "sum",
-        out: NDArray[np.float32] | None = None,
+        out: Any = None,
         *,
         include_last_offset: bool = False,
         n_jobs: int | None = None,
-    ) -> NDArray[np.float32]:
+        dtype: DTypeLike | None = None,
+    ) -> NDArray[Any]:
         """Sum, mean or maximum of the rows of each bag, in one pass.
 
         Parameters
@@ -343,16 +381,18 @@ class Table:
             Factor of each row.
         mode : {"sum", "mean", "max"}, default="sum"
             What is made of the rows of a bag, column by column.
-        out : ndarray of shape (n_bags, n_features), float32, C-contiguous, optional
-            Where the result is written.
+        out : ndarray or torch CPU tensor of shape (n_bags, n_features), C-contiguous, optional
+            Where the result is written, as in ``lookup``.
         include_last_offset : bool, default=False
             Whether ``offsets`` has one more entry, the end of the last bag, as in torch.
         n_jobs : int or None, default=None
             Threads; None takes all that the process may use.
+        dtype : {"float32", "float16", "bfloat16"} or dtype, optional
+            Of the result: that of ``out``, else float32. Bags are added in float32.
 
         Returns
         -------
-        ndarray of shape (n_bags, n_features), float32
+        ndarray of shape (n_bags, n_features)
             A row for each bag, zeros for an empty one; ``out`` where it was given.
 
         Raises
@@ -360,14 +400,18 @@ class Table:
         IndexError
             A row that is not there.
         ValueError
-            Offsets that do not start at 0, fall, or pass the end; weights of another shape; an unknown mode.
+            Offsets that do not start at 0, fall, or pass the end; weights of another shape; an unknown mode; ``out`` of
+            another shape or layout.
         """
         numbers = self._row_numbers(ids)
         starts = _bag_starts(numbers, offsets, include_last_offset)
-        flat_out = None if out is None else _flat_output(out, (len(starts), self._core.dim))
+        name = None if dtype is None else _float_name(dtype)
+        array, name = _output(out, name)
         factors = None if weights is None else _pool_weights(weights, numbers.shape)
-        pooled = self._core.pool(numbers.reshape(-1), starts, factors, mode, flat_out, as_jobs(n_jobs))
-        return pooled if out is None else out
+        pooled = self._core.pool(numbers, starts, factors, mode, array, as_jobs(n_jobs), name)
+        if out is not None:
+            return out
+        return _as_bfloat16(pooled) if name == "bfloat16" else pooled
 
     def search(
         self, queries: ArrayLike, k: int = 10, metric: Metric = "inner_product", n_jobs: int | None = None
@@ -426,7 +470,7 @@ class Table:
             raise IndexError(f"rows are looked up by integers, a boolean mask or names, not by {array.dtype}")
         if array.dtype == np.uint64 and array.size and array.max() >= len(self):
             raise IndexError(f"id {array.max()} is out of range for a table of {len(self)} rows")
-        return np.ascontiguousarray(array, array.dtype if array.dtype == np.int32 else np.int64).reshape(array.shape)
+        return np.require(array, array.dtype if array.dtype == np.int32 else np.int64, ("C", "A"))
 
     def _row_of_name(self, name: str) -> int:
         row = self._core.find(name)
@@ -503,16 +547,34 @@ def _rows_of_mask(mask: NDArray[np.bool_], n_rows: int) -> NDArray[np.int64]:
     return np.flatnonzero(mask).astype(np.int64, copy=False)
 
 
-def _flat_output(out: Any, shape: tuple[int, ...]) -> NDArray[np.float32]:
-    """The caller's array as the compiled module takes it; the two share their memory."""
-    array = np.asarray(out)
-    if array.dtype != np.float32:
-        raise TypeError(f"out has dtype {array.dtype}, expected float32")
-    if array.shape != shape:
-        raise ValueError(f"out has shape {array.shape}, expected {shape}")
-    if not array.flags.c_contiguous or not array.flags.writeable:
-        raise ValueError("out must be C-contiguous and writeable")
-    return array.reshape(-1, shape[-1])
+def _float_name(dtype: DTypeLike) -> str:
+    """The name of a type that rows can have."""
+    name = dtype if isinstance(dtype, str) else np.dtype(dtype).name
+    if name not in ("float32", "float16", "bfloat16"):
+        raise TypeError(f"rows cannot be decoded to {name}: expected float32, float16 or bfloat16")
+    return name
+
+
+def _output(out: Any, dtype: str | None) -> tuple[NDArray[Any] | None, str | None]:
+    """Where the compiled module writes, and the type of what it writes."""
+    if out is None or isinstance(out, np.ndarray):
+        return out, dtype
+    if not hasattr(out, "__array__"):
+        raise TypeError(f"out must be an array, not {type(out).__name__}")
+    if str(out.dtype) == "torch.bfloat16":
+        import torch
+
+        return out.view(torch.uint16).numpy(), dtype or "bfloat16"
+    return np.asarray(out), dtype
+
+
+def _as_bfloat16(rows: NDArray[np.uint16]) -> NDArray[Any]:
+    """Bits as the type that ml_dtypes has for them: numpy itself has none."""
+    try:
+        import ml_dtypes
+    except ImportError as error:
+        raise TypeError("numpy has no bfloat16: install ml_dtypes, or use float32 or float16") from error
+    return rows.view(ml_dtypes.bfloat16)
 
 
 def _bag_starts(ids: NDArray[Any], offsets: ArrayLike | None, include_last_offset: bool) -> NDArray[np.int64]:

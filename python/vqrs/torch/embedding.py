@@ -22,6 +22,9 @@ from vqrs.torch.forms import FORMS, Decoder, decoder_from_parts
 __all__ = ["Embedding", "EmbeddingBag"]
 
 Self = TypeVar("Self", bound="_TableModule")
+_ID_DTYPES = torch.int32, torch.int64
+_DIRECT = {torch.float16: "float16", torch.bfloat16: "bfloat16"}
+"""What the compiled core writes beside float32; float64 is a cast of that."""
 BLOCK = 65_536
 """Rows that are decoded at once where all are wanted: bounds the memory that unpacked codes take."""
 
@@ -36,6 +39,9 @@ class _TableModule(nn.Module):
     codes: Tensor
     decoder: Decoder
     _output: Tensor
+    # Plain attributes beside the buffers that say the same: torch finds those ten times more slowly.
+    _reads_core: bool
+    _row_dtype: torch.dtype
     _TAKEN_OVER: ClassVar[tuple[str, ...]] = ()
     """Arguments that ``from_pretrained`` takes over from torch's own module."""
 
@@ -187,9 +193,10 @@ class _TableModule(nn.Module):
     def weight(self) -> Tensor:
         """All rows, decoded: a tensor of shape (n, d). Made anew at every read; differentiable if trainable."""
         if self._kernel_serves(self.codes):
-            return self._from_kernel(
-                self.num_embeddings, lambda out: self._table._core.decode(0, self.num_embeddings, out)
-            )
+            decode = self._table._core.decode
+            rows = self._from_kernel(lambda dtype: decode(0, self.num_embeddings, None, None, dtype))
+            assert rows is not None, "all rows are there"
+            return rows
         blocks = torch.arange(self.num_embeddings, device=self.codes.device).split(BLOCK)
         return torch.cat([self._gather(block).to(self.dtype) for block in blocks])
 
@@ -237,13 +244,17 @@ class _TableModule(nn.Module):
 
     def _kernel_serves(self, ids: Tensor) -> bool:
         """Whether the compiled core reads these rows: it knows neither gradients nor devices nor tracing."""
-        return not self.trainable and self.codes.is_cpu and _is_plain(ids)
+        return self._reads_core and _is_plain(ids)
 
-    def _from_kernel(self, n_rows: int, read: Callable[[NDArray[np.float32]], object]) -> Tensor:
-        """What ``read`` writes, without a copy, into a tensor of n_rows rows."""
-        out = torch.empty(n_rows, self.embedding_dim, dtype=torch.float32, device="cpu")
-        read(out.numpy())
-        return out.to(self.dtype)
+    def _from_kernel(self, read: Callable[[str], NDArray[Any] | None]) -> Tensor | None:
+        """The array that ``read(dtype)`` makes, as a tensor of its memory; None where it reads nothing."""
+        rows = read(_DIRECT.get(self._row_dtype, "float32"))
+        if rows is None:
+            return None
+        tensor = torch.from_numpy(rows)
+        if tensor.dtype == self._row_dtype:
+            return tensor
+        return tensor.view(torch.bfloat16) if tensor.dtype == torch.uint16 else tensor.to(self._row_dtype)
 
     def _gather(self, ids: Tensor) -> Tensor:
         """Rows of one-dimensional ids, by torch's own operators."""
@@ -254,16 +265,18 @@ class _TableModule(nn.Module):
 
     def _check_ids(self, ids: Tensor) -> None:
         """Refuse the ids that torch's own modules refuse."""
-        if not isinstance(ids, Tensor) or ids.dtype not in (torch.int32, torch.int64):
+        if not isinstance(ids, Tensor) or ids.dtype not in _ID_DTYPES:
             found = ids.dtype if isinstance(ids, Tensor) else type(ids).__name__
             raise TypeError(f"ids must be a tensor of int32 or int64, not {found}")
         if not _is_plain(ids) or ids.numel() == 0:  # another device checks by itself, without a wait for it
             return
         low, high = (int(end) for end in torch.aminmax(ids))
         if low < 0 or high >= self.num_embeddings:
+            flat = ids.reshape(-1)
+            position = int(((flat < 0) | (flat >= self.num_embeddings)).nonzero()[0])
             raise IndexError(
-                f"index out of range: id {low if low < 0 else high} in a table of {self.num_embeddings} rows "
-                "(ids count from 0; negative ones are refused, as torch does)"
+                f"id {int(flat[position])} at position {position} is out of range for a table of "
+                f"{self.num_embeddings} rows (negative ids are refused, as torch does)"
             )
 
     # ---- states ------------------------------------------------------------------------------------------------
@@ -280,11 +293,18 @@ class _TableModule(nn.Module):
         self._table = table
         self.register_buffer("codes", codes.to(device))
         self.decoder = decoder.to(device)
+        self._take_note()
+
+    def _take_note(self) -> None:
+        """Keep plain copies of what every call asks."""
+        self._reads_core = not self.trainable and self.codes.is_cpu
+        self._row_dtype = self._output.dtype
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _TableModule:
         super()._apply(fn, recurse)
         if self.codes.is_cpu:
             self.codes = _as_tensor(self._table.codes)  # back from another device: the table's memory, not a copy
+        self._take_note()
         return self
 
     def get_extra_state(self) -> Tensor:
@@ -473,13 +493,13 @@ class Embedding(_TableModule):
         TypeError
             If ids are neither int32 nor int64.
         """
+        if self._kernel_serves(input):
+            ids = input.contiguous().numpy()
+            rows = self._from_kernel(lambda dtype: self._table._core.lookup(ids, None, None, dtype, False))
+            if rows is not None:
+                return rows
         self._check_ids(input)
-        ids = input.reshape(-1)
-        if self._kernel_serves(ids):
-            rows = self._from_kernel(len(ids), lambda out: self._table._core.lookup(ids.contiguous().numpy(), out))
-        else:
-            rows = self._gather(ids).to(self.dtype)
-        return rows.reshape(*input.shape, self.embedding_dim)
+        return self._gather(input.reshape(-1)).to(self.dtype).reshape(*input.shape, self.embedding_dim)
 
 
 class EmbeddingBag(_TableModule):
@@ -567,11 +587,13 @@ class EmbeddingBag(_TableModule):
         TypeError
             If ids are neither int32 nor int64.
         """
-        self._check_ids(input)
+        differentiable = torch.is_grad_enabled() and getattr(per_sample_weights, "requires_grad", False)
+        served = self._kernel_serves(input) and not differentiable
+        if not served or self.padding_idx is not None or input.dtype not in _ID_DTYPES:
+            self._check_ids(input)  # else the core looks at them, in the same pass
         offsets = self._bag_offsets(input, offsets)
         ids, weights = input.reshape(-1), self._flat_weights(input, per_sample_weights)
-        needs_gradient = weights is not None and weights.requires_grad and torch.is_grad_enabled()
-        if self._kernel_serves(ids) and not needs_gradient:
+        if served:
             return self._kernel_pool(ids, offsets, weights)
         return self._gather_pool(ids, offsets, weights).to(self.dtype)
 
@@ -608,8 +630,10 @@ class EmbeddingBag(_TableModule):
             offsets = F.pad(kept.cumsum(0), (1, 0))[offsets]
             ids, weights = ids[kept], None if weights is None else weights[kept]
         factors = None if weights is None else weights.detach().float().contiguous().numpy()
-        arrays = ids.contiguous().numpy(), offsets.contiguous().numpy(), factors
-        return self._from_kernel(len(offsets), lambda out: self._table._core.pool(*arrays, self.mode, out))
+        arrays = ids.contiguous().numpy(), offsets.contiguous().numpy(), factors, self.mode
+        pooled = self._from_kernel(lambda dtype: self._table._core.pool(*arrays, None, None, dtype, False))
+        assert pooled is not None, "ids were checked to be int32 or int64"
+        return pooled
 
     def _gather_pool(self, ids: Tensor, offsets: Tensor, weights: Tensor | None) -> Tensor:
         """Bags by torch's own operators: its embedding bag over the decoded rows, each of which is used once."""
@@ -646,7 +670,7 @@ def _keep_parameters(old: Decoder, new: Decoder) -> None:
 def _is_plain(tensor: Tensor) -> bool:
     """Whether a tensor's values can be looked at here and now: on the CPU, not traced, not a stand-in."""
     tracing = torch.compiler.is_compiling() or torch.jit.is_tracing()
-    return not tracing and type(tensor) is Tensor and tensor.is_cpu
+    return type(tensor) is Tensor and not tracing and tensor.is_cpu
 
 
 def _compress(weight: Tensor, compression: Mapping[str, Any]) -> vqrs.Table:

@@ -64,6 +64,14 @@ pub enum Error {
         /// Rows of the table.
         rows: usize,
     },
+    /// There is no memory for a result.
+    #[error("{what} would take {bytes} bytes, more than there is memory for: work in smaller blocks")]
+    Memory {
+        /// Which result.
+        what: &'static str,
+        /// Its size; the largest number where that is beyond counting.
+        bytes: usize,
+    },
     /// The file is damaged, cut, or not a table.
     #[error("{}: {why}", path.display())]
     Corrupt {
@@ -124,4 +132,15 @@ impl Error {
     pub fn io(path: impl Into<PathBuf>, source: std::io::Error) -> Self {
         Error::Io { path: path.into(), source }
     }
+}
+
+/// `count` zeros, or an error where there is no memory for them.
+pub fn zeros<T: Clone + Default>(what: &'static str, count: Option<usize>) -> Result<Vec<T>> {
+    let bytes = count.and_then(|count| count.checked_mul(size_of::<T>())).unwrap_or(usize::MAX);
+    let mut values = Vec::new();
+    match count.map(|count| values.try_reserve_exact(count)) {
+        Some(Ok(())) => values.resize(count.unwrap_or_default(), T::default()),
+        _ => return Err(Error::Memory { what, bytes }),
+    }
+    Ok(values)
 }

@@ -1,19 +1,27 @@
 //! NumPy views in, NumPy arrays out.
 
+use half::f16;
 use numpy::ndarray::{ArrayView, IxDyn};
-use numpy::{Element, PyArray1, PyArray2, PyArrayDyn, PyArrayMethods, PyReadonlyArray2, PyUntypedArrayMethods};
+use numpy::{
+    Element, PyArray1, PyArray2, PyArrayDyn, PyArrayMethods, PyReadonlyArray2, PyReadonlyArrayDyn, PyUntypedArray,
+    PyUntypedArrayMethods,
+};
 use pyo3::exceptions::{PyTypeError, PyValueError};
 use pyo3::prelude::*;
-use pyo3::types::PyDict;
+use pyo3::types::{PyDict, PyTuple};
 use serde_json::{Map, Value};
 use vqrs_core::error::Result;
+use vqrs_core::kernels::{self, Output};
 use vqrs_core::matrix::Matrix;
 use vqrs_core::tensor::{Buffer, Dtype, Tensor};
 
 /// Rows of a C-contiguous float32 array.
 pub fn matrix<'a>(x: &'a PyReadonlyArray2<'_, f32>) -> PyResult<Matrix<'a>> {
     let [_, columns] = x.as_array().shape().try_into().unwrap_or([0, 0]);
-    let data = x.as_slice().map_err(|_| PyTypeError::new_err("X must be C-contiguous"))?;
+    if !x.is_c_contiguous() || !x.data().is_aligned() {
+        return Err(PyTypeError::new_err("X must be C-contiguous and aligned"));
+    }
+    let data = x.as_slice()?;
     if columns == 0 {
         return Err(PyValueError::new_err("Found array with 0 feature(s): at least 1 is needed"));
     }
@@ -76,6 +84,9 @@ pub fn tensors_from(dict: &Bound<'_, PyDict>) -> PyResult<Vec<Tensor>> {
     let mut tensors = Vec::new();
     for (name, array) in dict.iter() {
         let name: String = name.extract()?;
+        if !array.getattr("dtype")?.getattr("isnative")?.is_truthy()? {
+            return Err(PyTypeError::new_err(format!("tensor {name} is not in this machine's byte order")));
+        }
         let dtype = match array.getattr("dtype")?.getattr("name")?.extract::<String>()?.as_str() {
             "float16" => Dtype::F16,
             "float32" => Dtype::F32,
@@ -133,26 +144,159 @@ pub fn from_json<'py>(py: Python<'py>, value: &Value) -> PyResult<Bound<'py, PyA
     py.import("json")?.call_method1("loads", (value.to_string(),))
 }
 
-/// `Some(out)` checked to be a C-contiguous float32 (rows, columns) array that can be written, or a fresh one.
-pub fn output<'py>(
-    py: Python<'py>,
-    out: Option<Bound<'py, PyArray2<f32>>>,
-    shape: [usize; 2],
-) -> PyResult<Bound<'py, PyArray2<f32>>> {
-    let Some(out) = out else {
-        // SAFETY: float32 has no invalid bit patterns, and every caller fills the whole array before it is returned
-        // (an error drops it).
-        return Ok(unsafe { PyArray2::new(py, shape, false) });
-    };
-    if out.shape() != shape || !out.is_c_contiguous() {
-        return Err(PyValueError::new_err(format!(
-            "out has shape {:?}, expected a C-contiguous float32 array of shape ({}, {})",
-            out.shape(),
-            shape[0],
-            shape[1]
-        )));
+/// Borrowed ids of either type, of any shape.
+pub enum Ids<'py> {
+    /// 32-bit ids.
+    I32(PyReadonlyArrayDyn<'py, i32>),
+    /// 64-bit ids.
+    I64(PyReadonlyArrayDyn<'py, i64>),
+}
+
+impl<'py> Ids<'py> {
+    /// `None` for anything but a C-contiguous, aligned array of int32 or int64 in the machine's byte order.
+    pub fn new(ids: &Bound<'py, PyAny>) -> PyResult<Option<Self>> {
+        if let Ok(array) = ids.cast::<PyArrayDyn<i64>>() {
+            return Ok(plain(array).then(|| array.try_readonly()).transpose()?.map(Ids::I64));
+        }
+        if let Ok(array) = ids.cast::<PyArrayDyn<i32>>() {
+            return Ok(plain(array).then(|| array.try_readonly()).transpose()?.map(Ids::I32));
+        }
+        Ok(None)
     }
-    Ok(out)
+
+    /// What the core reads.
+    pub fn get(&self) -> PyResult<kernels::Ids<'_>> {
+        Ok(match self {
+            Ids::I32(array) => kernels::Ids::I32(array.as_slice()?),
+            Ids::I64(array) => kernels::Ids::I64(array.as_slice()?),
+        })
+    }
+
+    /// The ids' shape with one axis more.
+    pub fn shape_of_rows(&self, dim: usize) -> Vec<usize> {
+        let shape = match self {
+            Ids::I32(array) => array.shape(),
+            Ids::I64(array) => array.shape(),
+        };
+        shape.iter().copied().chain([dim]).collect()
+    }
+}
+
+/// Whether a slice of Rust can stand for an array.
+fn plain<T: Element>(array: &Bound<'_, PyArrayDyn<T>>) -> bool {
+    array.is_c_contiguous() && array.data().is_aligned()
+}
+
+/// Rows that a call fills: the caller's array, or a fresh one.
+pub enum Rows<'py> {
+    /// Single precision.
+    F32(Bound<'py, PyArrayDyn<f32>>),
+    /// Half precision.
+    F16(Bound<'py, PyArrayDyn<f16>>),
+    /// The bits of bfloat16, which NumPy does not have.
+    Bf16(Bound<'py, PyArrayDyn<u16>>),
+}
+
+/// Bytes above which NumPy itself makes the array: it raises a MemoryError where there is no room.
+const LARGE: usize = 1 << 24;
+
+impl<'py> Rows<'py> {
+    /// `out` checked to be a writable, C-contiguous array of this shape, or a fresh one of `dtype`, float32 by default
+    /// and uint16 for bfloat16. `None` if `out` is no array.
+    pub fn new(
+        py: Python<'py>,
+        out: Option<&Bound<'py, PyAny>>,
+        shape: &[usize],
+        dtype: Option<&str>,
+    ) -> PyResult<Option<Self>> {
+        match out {
+            None => Rows::fresh(py, shape, dtype).map(Some),
+            Some(out) => out.cast::<PyUntypedArray>().ok().map(|out| Rows::given(out, shape, dtype)).transpose(),
+        }
+    }
+
+    fn fresh(py: Python<'py>, shape: &[usize], dtype: Option<&str>) -> PyResult<Self> {
+        let dtype = dtype.unwrap_or("float32");
+        let bytes = shape.iter().try_fold(4usize, |bytes, size| bytes.checked_mul(*size));
+        if bytes.is_none_or(|bytes| bytes > LARGE) {
+            let name = if dtype == "bfloat16" { "uint16" } else { dtype };
+            let array = py.import("numpy")?.call_method1("empty", (shape, name))?;
+            return Rows::given(array.cast()?, shape, Some(dtype));
+        }
+        let shape = IxDyn(shape);
+        // SAFETY: numbers have no invalid bit patterns, and every caller fills the whole array before it is returned (an
+        // error drops it).
+        Ok(unsafe {
+            match dtype {
+                "float16" => Rows::F16(PyArrayDyn::new(py, shape, false)),
+                "bfloat16" => Rows::Bf16(PyArrayDyn::new(py, shape, false)),
+                _ => Rows::F32(PyArrayDyn::new(py, shape, false)),
+            }
+        })
+    }
+
+    fn given(out: &Bound<'py, PyUntypedArray>, shape: &[usize], dtype: Option<&str>) -> PyResult<Self> {
+        if out.shape() != shape {
+            let expected = PyTuple::new(out.py(), shape)?;
+            let text = format!("out has shape {}, expected {expected}", out.getattr("shape")?);
+            return Err(PyValueError::new_err(text));
+        }
+        let rows = if let Ok(array) = out.cast::<PyArrayDyn<f32>>() {
+            Rows::F32(array.clone())
+        } else if let Ok(array) = out.cast::<PyArrayDyn<f16>>() {
+            Rows::F16(array.clone())
+        } else {
+            match (out.getattr("dtype")?.getattr("name")?.extract::<String>()?.as_str(), dtype) {
+                ("bfloat16", _) | ("uint16", Some("bfloat16")) => {
+                    Rows::Bf16(out.call_method1("view", ("uint16",))?.cast_into()?)
+                }
+                (other, _) => {
+                    let text = format!("out has dtype {other}, expected float32, float16 or bfloat16");
+                    return Err(PyTypeError::new_err(text));
+                }
+            }
+        };
+        if let Some(dtype) = dtype.filter(|dtype| *dtype != rows.dtype()) {
+            let text = format!("out has dtype {}, but dtype is {dtype}: leave one of them out", rows.dtype());
+            return Err(PyTypeError::new_err(text));
+        }
+        let fits = match &rows {
+            Rows::F32(array) => plain(array),
+            Rows::F16(array) => plain(array),
+            Rows::Bf16(array) => plain(array),
+        };
+        fits.then_some(rows).ok_or_else(|| PyValueError::new_err("out must be C-contiguous, aligned and writeable"))
+    }
+
+    fn dtype(&self) -> &'static str {
+        match self {
+            Rows::F32(_) => "float32",
+            Rows::F16(_) => "float16",
+            Rows::Bf16(_) => "bfloat16",
+        }
+    }
+
+    /// Fills the rows.
+    pub fn fill(&self, work: impl FnOnce(Output<'_>) -> PyResult<()>) -> PyResult<()> {
+        let refused = |_| PyValueError::new_err("out must be writeable, and share no memory with the other arguments");
+        match self {
+            Rows::F32(array) => work(Output::F32(array.try_readwrite().map_err(refused)?.as_slice_mut()?)),
+            Rows::F16(array) => {
+                let mut array = array.try_readwrite().map_err(refused)?;
+                work(Output::F16(bytemuck::cast_slice_mut(array.as_slice_mut()?)))
+            }
+            Rows::Bf16(array) => work(Output::Bf16(array.try_readwrite().map_err(refused)?.as_slice_mut()?)),
+        }
+    }
+
+    /// The array.
+    pub fn into_any(self) -> Bound<'py, PyAny> {
+        match self {
+            Rows::F32(array) => array.into_any(),
+            Rows::F16(array) => array.into_any(),
+            Rows::Bf16(array) => array.into_any(),
+        }
+    }
 }
 
 /// The error of a core call, as Python's.

@@ -1,6 +1,6 @@
 //! From [`vqrs_core::Error`] to Python's exceptions, in one place.
 
-use pyo3::exceptions::{PyIndexError, PyKeyboardInterrupt, PyOSError, PyRuntimeError, PyValueError};
+use pyo3::exceptions::{PyIndexError, PyKeyboardInterrupt, PyMemoryError, PyOSError, PyRuntimeError, PyValueError};
 use pyo3::prelude::*;
 use std::io::ErrorKind;
 use vqrs_core::Error;
@@ -14,6 +14,7 @@ pyo3::create_exception!(vqrs, InternalError, PyRuntimeError, "A fault of vqrs it
 pub fn to_py(error: Error) -> PyErr {
     let text = error.to_string();
     match error {
+        Error::Memory { .. } => PyMemoryError::new_err(text),
         Error::Id { .. } => PyIndexError::new_err(text),
         Error::Corrupt { .. } => TableCorruptError::new_err(text),
         Error::Version { .. } => TableVersionError::new_err(text),

@@ -1,6 +1,6 @@
 //! Classes `Table` and `TableWriter`.
 
-use crate::array::{checked, matrix, output, tensors, tensors_from, to_json, view};
+use crate::array::{self, checked, matrix, tensors, tensors_from, to_json, view, Rows};
 use crate::call::{detached, long, short};
 use crate::codec::Codec;
 use crate::error::to_py;
@@ -32,31 +32,6 @@ pub struct Table {
     inner: RwLock<Option<Arc<table::Table>>>,
 }
 
-/// Borrowed ids of either type.
-enum IdArray<'py> {
-    I32(PyReadonlyArray1<'py, i32>),
-    I64(PyReadonlyArray1<'py, i64>),
-}
-
-impl<'py> IdArray<'py> {
-    fn new(ids: &Bound<'py, PyAny>) -> PyResult<Self> {
-        if let Ok(array) = ids.cast::<PyArray1<i64>>() {
-            return Ok(IdArray::I64(array.try_readonly()?));
-        }
-        if let Ok(array) = ids.cast::<PyArray1<i32>>() {
-            return Ok(IdArray::I32(array.try_readonly()?));
-        }
-        Err(PyTypeError::new_err("ids must be a 1-D array of int32 or int64"))
-    }
-
-    fn ids(&self) -> PyResult<Ids<'_>> {
-        Ok(match self {
-            IdArray::I32(array) => Ids::I32(array.as_slice()?),
-            IdArray::I64(array) => Ids::I64(array.as_slice()?),
-        })
-    }
-}
-
 /// Runs short work at once, longer work without the GIL, and long work so that Ctrl-C is answered.
 fn run(
     py: Python<'_>,
@@ -69,6 +44,23 @@ fn run(
         SHORT..LONG => detached(py, work),
         _ => long(py, ctx, None, work),
     }
+}
+
+/// Whether all ids are rows; `Some` with negative ones counted from the end, where that is allowed and there were any.
+fn rows_of(ids: Ids<'_>, table: &table::Table, from_end: bool) -> vqrs_core::Result<Option<Vec<i64>>> {
+    let wrapped = table::check_ids(ids, table.rows())?;
+    let negative = |position: &usize| match ids {
+        Ids::I32(ids) => ids[*position] < 0,
+        Ids::I64(ids) => ids[*position] < 0,
+        Ids::Range { .. } => false,
+    };
+    if let (Some(wrapped), false) = (&wrapped, from_end) {
+        if let Some(position) = (0..ids.len()).find(negative) {
+            let (id, rows) = (wrapped[position] - table.rows() as i64, table.rows());
+            return Err(Error::Id { id, position, rows });
+        }
+    }
+    Ok(wrapped)
 }
 
 fn strings(metadata: Option<&Bound<'_, PyAny>>) -> PyResult<BTreeMap<String, String>> {
@@ -224,55 +216,56 @@ impl Table {
         Ok(Value::Object(self.get()?.info()).to_string())
     }
 
-    #[pyo3(signature = (ids, out=None, n_jobs=None))]
+    #[pyo3(signature = (ids, out=None, n_jobs=None, dtype=None, from_end=true))]
     fn lookup<'py>(
         &self,
         py: Python<'py>,
         ids: &Bound<'py, PyAny>,
-        out: Option<Bound<'py, PyArray2<f32>>>,
+        out: Option<&Bound<'py, PyAny>>,
         n_jobs: Option<i64>,
-    ) -> PyResult<Bound<'py, PyArray2<f32>>> {
+        dtype: Option<&str>,
+        from_end: bool,
+    ) -> PyResult<Option<Bound<'py, PyAny>>> {
         let table = self.get()?;
-        let array = IdArray::new(ids)?;
-        let ids = array.ids()?;
-        let out = output(py, out, [ids.len(), table.dim()])?;
-        {
-            let mut guard = out.try_readwrite()?;
-            let values = guard.as_slice_mut()?;
-            let ctx = Context::new(n_jobs, 0);
-            run(py, values.len(), &ctx, || {
-                let wrapped = table::check_ids(ids, table.rows())?;
-                table.lookup(wrapped.as_deref().map_or(ids, Ids::I64), values, &ctx)
-            })?;
-        }
-        Ok(out)
+        let Some(array) = array::Ids::new(ids)? else { return Ok(None) };
+        let shape = array.shape_of_rows(table.dim());
+        let Some(rows) = Rows::new(py, out, &shape, dtype)? else { return Ok(None) };
+        let ids = array.get()?;
+        let ctx = Context::new(n_jobs, 0);
+        rows.fill(|out| {
+            run(py, ids.len().saturating_mul(table.dim()), &ctx, || {
+                let wrapped = rows_of(ids, &table, from_end)?;
+                table.lookup(wrapped.as_deref().map_or(ids, Ids::I64), out, &ctx)
+            })
+        })?;
+        Ok(Some(rows.into_any()))
     }
 
-    #[pyo3(signature = (start, stop, out=None, n_jobs=None))]
+    #[pyo3(signature = (start, stop, out=None, n_jobs=None, dtype=None))]
     fn decode<'py>(
         &self,
         py: Python<'py>,
         start: usize,
         stop: usize,
-        out: Option<Bound<'py, PyArray2<f32>>>,
+        out: Option<&Bound<'py, PyAny>>,
         n_jobs: Option<i64>,
-    ) -> PyResult<Bound<'py, PyArray2<f32>>> {
+        dtype: Option<&str>,
+    ) -> PyResult<Option<Bound<'py, PyAny>>> {
         let table = self.get()?;
         if start > stop || stop > table.rows() {
             let text = format!("rows {start} to {stop} are not inside a table of {} rows", table.rows());
             return Err(pyo3::exceptions::PyIndexError::new_err(text));
         }
-        let out = output(py, out, [stop - start, table.dim()])?;
-        {
-            let mut guard = out.try_readwrite()?;
-            let values = guard.as_slice_mut()?;
-            let ctx = Context::new(n_jobs, 0);
-            run(py, values.len(), &ctx, || table.lookup(Ids::Range { start, len: stop - start }, values, &ctx))?;
-        }
-        Ok(out)
+        let len = stop - start;
+        let Some(rows) = Rows::new(py, out, &[len, table.dim()], dtype)? else { return Ok(None) };
+        let ctx = Context::new(n_jobs, 0);
+        rows.fill(|out| {
+            run(py, len.saturating_mul(table.dim()), &ctx, || table.lookup(Ids::Range { start, len }, out, &ctx))
+        })?;
+        Ok(Some(rows.into_any()))
     }
 
-    #[pyo3(signature = (ids, offsets, weights, mode, out=None, n_jobs=None))]
+    #[pyo3(signature = (ids, offsets, weights, mode, out=None, n_jobs=None, dtype=None, from_end=true))]
     fn pool<'py>(
         &self,
         py: Python<'py>,
@@ -280,9 +273,11 @@ impl Table {
         offsets: PyReadonlyArray1<'py, i64>,
         weights: Option<PyReadonlyArray1<'py, f32>>,
         mode: &str,
-        out: Option<Bound<'py, PyArray2<f32>>>,
+        out: Option<&Bound<'py, PyAny>>,
         n_jobs: Option<i64>,
-    ) -> PyResult<Bound<'py, PyArray2<f32>>> {
+        dtype: Option<&str>,
+        from_end: bool,
+    ) -> PyResult<Option<Bound<'py, PyAny>>> {
         let pooling = match mode {
             "sum" => Pooling::Sum,
             "mean" => Pooling::Mean,
@@ -290,21 +285,19 @@ impl Table {
             other => return Err(to_py(Error::parameter("mode", format!("{other:?}"), "must be sum, mean or max"))),
         };
         let table = self.get()?;
-        let array = IdArray::new(ids)?;
-        let (ids, offsets) = (array.ids()?, offsets.as_slice()?);
+        let Some(array) = array::Ids::new(ids)? else { return Ok(None) };
+        let (ids, offsets) = (array.get()?, offsets.as_slice()?);
         let weights = weights.as_ref().map(|w| w.as_slice()).transpose()?;
-        let out = output(py, out, [offsets.len(), table.dim()])?;
-        {
-            let mut guard = out.try_readwrite()?;
-            let values = guard.as_slice_mut()?;
-            let ctx = Context::new(n_jobs, 0);
-            run(py, ids.len() * table.dim(), &ctx, || {
-                let wrapped = table::check_ids(ids, table.rows())?;
+        let Some(rows) = Rows::new(py, out, &[offsets.len(), table.dim()], dtype)? else { return Ok(None) };
+        let ctx = Context::new(n_jobs, 0);
+        rows.fill(|out| {
+            run(py, ids.len().saturating_add(offsets.len()).saturating_mul(table.dim()), &ctx, || {
+                let wrapped = rows_of(ids, &table, from_end)?;
                 let ids = wrapped.as_deref().map_or(ids, Ids::I64);
-                table.pool(ids, offsets, weights, pooling, values, &ctx)
-            })?;
-        }
-        Ok(out)
+                table.pool(ids, offsets, weights, pooling, out, &ctx)
+            })
+        })?;
+        Ok(Some(rows.into_any()))
     }
 
     #[pyo3(signature = (queries, k, metric, n_jobs=None))]
