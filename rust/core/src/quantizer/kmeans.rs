@@ -62,7 +62,7 @@ impl Quantizer for VectorQuantizer {
         let clusters = shrink_clusters(self.n_clusters, data.len(), &mut notes);
         let kmeans = KMeans { max_iter: self.max_iter, tol: self.tol, ..KMeans::new(clusters) };
         ctx.stage("k-means", self.max_iter as u64);
-        let mut found = kmeans.fit(Columns::from(data.rows), data.weights, ctx)?;
+        let mut found = kmeans.learn(Columns::from(data.rows), data.weights, ctx)?;
         note_distinct(found.distinct, clusters, &mut notes);
         found.centers.truncate(found.distinct * data.dim());
         let decoder = self.books(data.dim(), found.distinct, found.centers)?;

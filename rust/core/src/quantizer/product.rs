@@ -38,7 +38,9 @@ fn split(dim: usize, parts: usize) -> Vec<(usize, usize)> {
 
 /// A copy of some columns: clustering reads them many times, and row by row they would be far apart.
 fn gathered(rows: Matrix, start: usize, width: usize) -> Vec<f32> {
-    rows.data().chunks(rows.dim()).flat_map(|row| &row[start..start + width]).copied().collect()
+    let mut part = Vec::with_capacity(rows.rows() * width);
+    rows.data().chunks_exact(rows.dim()).for_each(|row| part.extend_from_slice(&row[start..start + width]));
+    part
 }
 
 impl ProductQuantizer {
@@ -92,7 +94,7 @@ impl Quantizer for ProductQuantizer {
             let (start, width) = split(data.dim(), parts)[number];
             let part = gathered(data.rows, start, width);
             let ctx = ctx.with_seed(ctx.seed.wrapping_add(number as u64));
-            kmeans.fit(Columns::from(Matrix::new(&part, width)?), data.weights, &ctx)
+            kmeans.learn(Columns::from(Matrix::new(&part, width)?), data.weights, &ctx)
         };
         let found = match alone {
             true => ctx.map(parts, |number| cluster(number, &ctx.serial()))?,

@@ -68,7 +68,7 @@ impl ResidualQuantizer {
         let mut residual = data.rows.data().to_vec();
         for number in 0..self.n_stages {
             let seeded = ctx.with_seed(ctx.seed.wrapping_add(number as u64));
-            let found = kmeans.fit(Columns::from(Matrix::new(&residual, dim)?), data.weights, &seeded)?;
+            let found = kmeans.learn(Columns::from(Matrix::new(&residual, dim)?), data.weights, &seeded)?;
             n_iter = n_iter.max(found.n_iter);
             if number == 0 {
                 fewest = found.distinct;
