@@ -14,7 +14,7 @@ PYTHON_FILES := python tests benches examples docs tools
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 .PHONY: help demo test test-rust test-fast test-slow test-torch check check-rust check-python check-docs \
-        docs bench-compare bench-speed bench-memory clean
+        docs bench bench-kernels bench-speed bench-compare bench-report bench-memory clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -58,12 +58,20 @@ docs: $(VENV)/with-docs ## build the documentation into docs/_build
 	$(RUN) docs/generate.py
 	$(RUN) -m sphinx -q -W --keep-going -b html docs docs/_build
 
+bench: bench-kernels bench-speed ## kernels by themselves, then beside the peers
+
+bench-kernels: ## times of the Rust kernels, by criterion
+	cargo bench -q -p vqrs-core --bench kernels
+
+bench-speed: $(VENV)/with-bench ## times beside those of torch, numpy, Faiss, scikit-learn and nanopq (15 minutes)
+	$(RUN) -m benches.compare speed
+
 bench-compare: $(VENV)/with-bench $(VENV)/minilm ## errors and inertias beside those of Faiss and scikit-learn
 	$(RUN) -m benches.compare error
 	$(RUN) -m benches.compare kmeans
 
-bench-speed: $(VENV)/with-bench ## times beside those of torch, numpy, Faiss, scikit-learn and nanopq
-	$(RUN) -m benches.compare speed
+bench-report: $(VENV)/with-bench ## tables of the last bench-speed, also into docs/performance.md, with a picture
+	$(RUN) -m benches.compare report
 
 bench-memory: $(VENV)/with-bench ## a table of 10,000,000 x 128: streamed, opened, shared (needs 5 GB of disk)
 	$(RUN) -m benches.memory

@@ -52,15 +52,8 @@ fn books(dim: usize, count: usize, width: usize, dtype: CodebookDtype) -> Decode
 }
 
 fn levels(dim: usize, dtype: Number, granularity: Granularity) -> Decoder {
-    let spec = LevelsSpec {
-        dim,
-        dtype,
-        granularity,
-        block_size: 32,
-        symmetric: false,
-        scale_factor: 1.0,
-        offset_factor: 1.0,
-    };
+    let spec =
+        LevelsSpec { dim, dtype, granularity, block_size: 32, symmetric: false, scale_factor: 1.0, offset_factor: 1.0 };
     Decoder::Levels(Levels::new(spec, None).expect("levels"))
 }
 
@@ -135,7 +128,8 @@ fn nearest(criterion: &mut Criterion) {
     for (rows, count, width) in SHAPES {
         let (mut rng, ctx) = (Rng::new(4), Context::new(Some(1), 0));
         let (x, centers) = (normal(&mut rng, rows * width), normal(&mut rng, count * width));
-        let (x, centroids, mut labels) = (Columns::contiguous(&x, width), Centroids::new(&centers, width), vec![0; rows]);
+        let (x, centroids, mut labels) =
+            (Columns::contiguous(&x, width), Centroids::new(&centers, width), vec![0; rows]);
         group.throughput(Throughput::Elements((2 * rows * count * width) as u64));
         let name = format!("k={count} d={width}");
         group.bench_function(&name, |bencher| bencher.iter(|| centroids.nearest(x, &mut labels, None, &ctx)));

@@ -58,7 +58,7 @@ def measure_speed(options: argparse.Namespace) -> None:
 
 
 def show(options: argparse.Namespace) -> None:
-    """Prints the records of a file again, and plots them; those of speed go into docs/performance.md."""
+    """Prints records again, and plots them; those of a whole run of speed go into docs/performance.md."""
     from . import report
     from .speed import document
     from .surroundings import RESULTS
@@ -69,8 +69,9 @@ def show(options: argparse.Namespace) -> None:
     if files[0].name.startswith("speed"):
         records = document.read(files)
         print("\n\n".join(document.tables(records).values()))
-        document.write(records)
-        document.plot(records, document.DOCUMENT.with_suffix(".png"))
+        if not any(record["quick"] for record in records):
+            document.write(records)
+            document.plot(records, document.DOCUMENT.with_suffix(".png"))
         return
     options.file = files[0]
     records = report.read(options.file)

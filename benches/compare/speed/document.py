@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +73,7 @@ def show(figure: float | None, group: str | None) -> str:
         return ""
     if group is None:
         return seconds(figure)
-    return f"{figure:.0%}" if group == "peak" else f"{figure:.2g}x" if figure < 10 else f"{figure:.0f}x"
+    return f"{figure:.0%}" if group == "peak" else f"{figure:.2f}x" if figure < 10 else f"{figure:.0f}x"
 
 
 def time_of(record: Record, contender: Record, spread: bool = True) -> str:
@@ -171,46 +171,70 @@ def job_table(records: list[Record], columns: list[Place]) -> str:
     return markdown(head, rows)
 
 
-def demand_table(records: list[Record], columns: list[Place]) -> str:
-    """One line for each thing that is wanted: the lowest figure of its cases in each place."""
-    lines: dict[tuple[Any, ...], dict[Place, list[float]]] = {}
+def shared(cases: Sequence[str]) -> str:
+    """What the cases of a line have in common."""
+    parts = [case.split(", ") for case in cases]
+    return ", ".join(part for part in parts[0] if all(part in other for other in parts))
+
+
+def demand_lines(records: list[Record]) -> list[tuple[list[Any], dict[Place, float]]]:
+    """Everything that is wanted: (job, cases, group, least, aim), and the lowest figure of its cases in each place."""
+    lines: dict[tuple[Any, ...], list[tuple[Record, float]]] = {}
     for record in records:
         for demand in record["demands"]:
             figure = ratio(record, demand["group"])
             if figure is not None:
                 key = (record["about"], demand["group"], demand["least"], demand["aim"])
-                lines.setdefault(key, {}).setdefault(place_of(record), []).append(figure)
-    rows = []
+                lines.setdefault(key, []).append((record, figure))
+    found = []
     for (about, group, least, aim), figures in lines.items():
-        worst = max if group is None else min
-        cells = [show(worst(figures[place]) if place in figures else None, group) for place in columns]
-        rows.append([about, group or "", show(least, group), show(aim, group), *cells])
-    return markdown(["job", "beside", "at least", "aim", *map(place_head, columns)], rows)
+        worst: dict[Place, float] = {}
+        for record, figure in figures:
+            place = place_of(record)
+            worst[place] = (max if group is None else min)(worst.get(place, figure), figure)
+        found.append(([about, shared([record["case"] for record, _ in figures]), group, least, aim], worst))
+    return found
 
 
-def shortfalls(records: list[Record]) -> str:
-    """What falls short of the least that is wanted, in words."""
-    lines = []
+def demand_table(records: list[Record], columns: list[Place]) -> str:
+    """One line for each thing that is wanted."""
+    rows = []
+    for (about, cases, group, least, aim), worst in demand_lines(records):
+        cells = [show(worst.get(place), group) for place in columns]
+        rows.append([about, cases, group or "", show(least, group), show(aim, group), *cells])
+    return markdown(["job", "cases", "beside", "at least", "aim", *map(place_head, columns)], rows)
+
+
+def case_table(records: list[Record], columns: list[Place], say: Callable[[Record, str | None], str]) -> str:
+    """The cases and peers that there is something to say of."""
+    lines: dict[tuple[str, str, str | None], dict[Place, str]] = {}
     for record in records:
-        for demand in record["demands"]:
-            figure, group = short_of(record, demand), demand["group"]
-            if figure is not None:
-                beside = {None: "", "peak": " of the peak"}.get(group, f" beside {group}")
-                reached = f"{show(figure, group)}{beside}, wanted {show(demand['least'], group)}"
-                lines.append(f"- {record['about']}, {record['case']}, {place_head(place_of(record))}: {reached}")
-    return "\n".join(lines) or "Nothing."
+        for group in [None, *groups(record)]:
+            said = say(record, group)
+            if said:
+                lines.setdefault((record["about"], record["case"], group), {})[place_of(record)] = said
+    rows = [
+        [about, case, group or "", *(said.get(place, "") for place in columns)]
+        for (about, case, group), said in lines.items()
+    ]
+    return markdown(["job", "case", "beside", *map(place_head, columns)], rows) if rows else "Nothing."
 
 
-def close_peers(records: list[Record]) -> str:
-    """Where a peer is as fast or nearly."""
-    lines = []
-    for record in records:
-        for group, peer in groups(record).items():
-            figure = ratio(record, group)
-            if group != "peak" and figure is not None and figure < CLOSE:
-                where = f"{record['about']}, {record['case']}, {place_head(place_of(record))}"
-                lines.append(f"- {where}: {peer['name']}, {figure:.2f}x".replace("_", "\\_"))
-    return "\n".join(lines) or "Nowhere."
+def shortfall(record: Record, group: str | None) -> str:
+    """A figure that falls short of the least that is wanted."""
+    for demand in record["demands"]:
+        figure = short_of(record, demand)
+        if demand["group"] == group and figure is not None:
+            return f"{show(figure, group)}, wanted {show(demand['least'], group)}"
+    return ""
+
+
+def close_peer(record: Record, group: str | None) -> str:
+    """A peer that is as fast or nearly."""
+    figure = ratio(record, group)
+    if group is None or group == "peak" or group.startswith("vqrs") or figure is None or figure >= CLOSE:
+        return ""
+    return show(figure, group)
 
 
 def surroundings(records: list[Record]) -> str:
@@ -235,9 +259,9 @@ def tables(records: list[Record]) -> dict[str, str]:
     jobs = [f"### {about}\n\n{job_table(some, columns)}" for about, some in by_job(records).items()]
     return {
         "surroundings": surroundings(records),
-        "wanted": demand_table(records, columns),
-        "short": shortfalls(records),
-        "close": close_peers(records),
+        "wanted": f"{demand_table(records, columns)}\n\n![How many times as fast](performance.png)",
+        "short": case_table(records, columns, shortfall),
+        "close": case_table(records, columns, close_peer),
         "jobs": "\n\n".join(jobs),
     }
 
@@ -252,25 +276,26 @@ def write(records: list[Record], path: Path = DOCUMENT) -> None:
 
 
 def plot(records: list[Record], path: Path) -> None:
-    """How many times as fast, one bar for each demand of the first place, with what is wanted."""
+    """How many times as fast in the first place: one bar for each thing that is wanted."""
     from matplotlib.figure import Figure
 
     first = places(records)[0]
-    bars = []
-    for record in records:
-        for demand in record["demands"]:
-            figure = ratio(record, demand["group"])
-            if place_of(record) == first and figure is not None and demand["group"] not in (None, "peak"):
-                bars.append((f"{record['about']}: {record['case']} beside {demand['group']}", figure, demand))
-    figure = Figure(figsize=(11, 1 + 0.19 * len(bars)), layout="constrained")
-    axes = figure.add_subplot(xlabel=f"times as fast ({place_head(first)})", xscale="log")
-    positions = range(len(bars))
-    axes.barh(positions, [bar[1] for bar in bars], color="#9ecae1")
-    axes.plot([bar[2]["least"] for bar in bars], positions, "k|", label="at least")
-    aims = [(bar[2]["aim"], y) for y, bar in enumerate(bars) if bar[2]["aim"]]
-    axes.plot(*zip(*aims, strict=True), "r|", label="aim") if aims else None
-    axes.set_yticks(positions, [bar[0] for bar in bars], fontsize=6)
+    lines = [
+        (f"{about}, {cases}, {group}".replace(", ,", ","), worst[first], least, aim)
+        for (about, cases, group, least, aim), worst in demand_lines(records)
+        if first in worst and group not in (None, "peak")
+    ]
+    labels, figures, least, aims = zip(*lines, strict=True)
+    figure = Figure(figsize=(9, 1 + 0.2 * len(lines)), layout="constrained")
+    axes = figure.add_subplot(xlabel=f"times as fast as the peer ({place_head(first)}, lowest case)", xscale="log")
+    positions = range(len(lines))
+    axes.barh(positions, figures, color="#9ecae1")
+    axes.plot(least, positions, "k|", label="at least")
+    axes.plot([aim or float("nan") for aim in aims], positions, "r|", label="aim")
+    axes.axvline(1, color="k", linewidth=0.5)
+    axes.set_yticks(positions, labels, fontsize=7)
     axes.invert_yaxis()
-    axes.set_xticks([1, 2, 3, 5, 10, 20], [1, 2, 3, 5, 10, 20])
+    ticks = [1, 2, 3, 5, 10, 20]
+    axes.set_xticks(ticks, ticks)
     axes.legend()
-    figure.savefig(path, dpi=80)
+    figure.savefig(path, dpi=70)
