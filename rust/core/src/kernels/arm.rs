@@ -2,8 +2,8 @@
 //! to be switched on.
 
 use super::scalar;
-use super::simd::{self, Simd, Widen};
-use super::{BooksView, Ids, Kernels, LevelsView, Panels, Products};
+use super::simd::{self, Pack, Simd, Widen};
+use super::{BooksView, Extension, Ids, Kernels, LevelsView, Panels, Products};
 use std::arch::aarch64::*;
 
 /// The tables that this CPU can run.
@@ -23,6 +23,7 @@ static NEON: Kernels = Kernels {
     nearest,
     dots,
     distances,
+    extend,
     axpy,
     add,
     max_into,
@@ -47,6 +48,7 @@ shell!(fn nearest(task: &Panels, labels: &mut [u32], best: &mut [f32], second: &
     = simd::nearest::<Four, 4, 6>);
 shell!(fn dots(task: &Products, out: &mut [f32]) = simd::products::<Four, 4, 6, false>);
 shell!(fn distances(task: &Products, out: &mut [f32]) = simd::products::<Four, 4, 4, true>);
+shell!(fn extend(task: &Extension, scores: &mut [f32], paths: &mut [u16]) = simd::extend::<Four, 8, 4>);
 shell!(fn axpy(out: &mut [f32], x: &[f32], weight: f32) = simd::axpy::<Four>);
 shell!(fn add(out: &mut [f32], x: &[f32]) = simd::add::<Four>);
 shell!(fn max_into(out: &mut [f32], x: &[f32]) = simd::max_into::<Four>);
@@ -155,4 +157,22 @@ impl Widen for Four {
     }
     #[inline(always)]
     fn prefetch(_: *const u8) {}
+}
+
+impl Pack for Four {
+    #[inline(always)]
+    unsafe fn places(self, limit: Self, first: u32, to: *mut u32) -> usize {
+        let (mut values, mut limits) = ([0f32; 4], [0f32; 4]);
+        let mut count = 0;
+        // SAFETY: the arrays hold a vector, and the caller has room for one.
+        unsafe {
+            self.store(values.as_mut_ptr());
+            limit.store(limits.as_mut_ptr());
+            for lane in 0..4 {
+                *to.add(count) = first + lane as u32;
+                count += usize::from(values[lane] <= limits[lane]);
+            }
+        }
+        count
+    }
 }

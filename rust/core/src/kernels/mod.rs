@@ -280,6 +280,33 @@ pub struct Products<'a> {
 /// Multiply-adds of single numbers in a round of [`Kernels::fma_peak`]: the same for all vector widths.
 pub const PEAK_FMAS: usize = 3072;
 
+/// Partial codes of some rows, and what a beam search needs to add one entry to each. All slices that are read by
+/// entries hold [`BEAM_PADDING`] numbers more, so that whole vectors can be read.
+#[derive(Clone, Copy, Debug)]
+pub struct Extension<'a> {
+    /// Number of rows.
+    pub rows: usize,
+    /// Partial codes a row.
+    pub count: usize,
+    /// Entries of the stage that is added.
+    pub entries: usize,
+    /// Entries of each partial code.
+    pub stage: usize,
+    /// Scores of the partial codes, row after row: half the squared error, less half the row's squared norm.
+    pub scores: &'a [f32],
+    /// Entry numbers of the partial codes.
+    pub paths: &'a [u16],
+    /// Half of the squared norm of each of the stage's entries, then NaN.
+    pub half_norms: &'a [f32],
+    /// Products of the rows with the stage's entries; without `tables`, of what each partial code leaves of its row.
+    pub products: &'a [f32],
+    /// For each stage before this one, products of its entries with this stage's: `[before][this]`.
+    pub tables: &'a [Vec<f32>],
+}
+
+/// See [`Extension`].
+pub const BEAM_PADDING: usize = scalar::BEAM_LANES;
+
 /// The kernels of one instruction set. All tables give the same bits.
 pub struct Kernels {
     /// `scalar`, `avx2`, `avx512` or `neon`.
@@ -304,6 +331,10 @@ pub struct Kernels {
     pub dots: fn(&Products, &mut [f32]),
     /// All squared distances, summed from differences, `out[row * count + centre]`.
     pub distances: fn(&Products, &mut [f32]),
+    /// `extend(task, scores, paths)`: the best continuations of each row's partial codes by one more entry, best first; of
+    /// equals the one of the first partial code, then of the lowest entry. `scores` has room for as many codes a row
+    /// as are wanted, no more than there are, `paths` for their `stage + 1` entries.
+    pub extend: fn(&Extension, &mut [f32], &mut [u16]),
     /// `axpy(out, x, weight)`: out = fma(weight, x, out).
     pub axpy: fn(&mut [f32], &[f32], f32),
     /// `add(out, x)`: out = out + x.
@@ -399,7 +430,7 @@ pub fn forced_error() -> Option<String> {
 
 /// The preconditions of the kernels, checked once a call: with them no pointer of a fast path leaves its slice.
 mod check {
-    use super::{bits, BooksView, Ids, LevelsView, Panels, Products, Scales};
+    use super::{bits, BooksView, Extension, Ids, LevelsView, Panels, Products, Scales, BEAM_PADDING};
 
     pub(super) fn books(view: &BooksView, ids: &Ids, out: &[f32]) {
         assert!(view.dim > 0 && (1..=bits::MAX_BITS).contains(&view.bits), "dim or bits of a books view");
@@ -451,6 +482,25 @@ mod check {
         rows(task.x, task.stride, task.rows, task.width);
         assert_eq!(task.centers.len(), task.count.next_multiple_of(panel) * task.width, "packed centres");
         assert_eq!(out.len(), task.rows * task.count, "output of products");
+    }
+
+    /// Gives the number of partial codes that are wanted for each row.
+    pub(super) fn extension(task: &Extension, scores: &[f32], paths: &[u16]) -> usize {
+        let (partial, entries) = (task.rows * task.count, task.entries);
+        assert!(task.count > 0 && (1..=1 << 16).contains(&entries), "partial codes and entries");
+        assert!(task.count * (entries + BEAM_PADDING) <= u32::MAX as usize, "continuations of a row");
+        assert!(task.scores.len() == partial && task.paths.len() == partial * task.stage, "partial codes");
+        assert!(task.paths.iter().all(|entry| usize::from(*entry) < entries), "entries of partial codes");
+        assert_eq!(task.half_norms.len(), entries + BEAM_PADDING, "half norms");
+        assert!(task.half_norms[entries..].iter().all(|v| v.is_nan()), "padding of half norms");
+        let products = if task.tables.is_empty() { partial } else { task.rows };
+        assert!(task.products.len() >= products * entries + BEAM_PADDING, "products");
+        assert!(task.tables.is_empty() || task.tables.len() == task.stage, "tables");
+        assert!(task.tables.iter().all(|table| table.len() >= entries * entries + BEAM_PADDING), "tables");
+        let keep = scores.len().checked_div(task.rows).unwrap_or(0);
+        assert!(keep <= task.count * entries && scores.len() == task.rows * keep, "scores of continuations");
+        assert_eq!(paths.len(), scores.len() * (task.stage + 1), "continuations");
+        keep
     }
 
     pub(super) fn pair<T>(out: &[T], x: &[f32]) {

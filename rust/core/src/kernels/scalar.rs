@@ -1,6 +1,8 @@
 //! The meaning of every kernel: one plain loop each.
 
-use super::{check, BooksView, Ids, Kernels, Level, LevelsView, Panels, Products, Scales, Values, PEAK_FMAS};
+use super::{
+    check, BooksView, Extension, Ids, Kernels, Level, LevelsView, Panels, Products, Scales, Values, PEAK_FMAS,
+};
 use crate::bits;
 use half::{bf16, f16};
 
@@ -15,6 +17,7 @@ pub(super) static KERNELS: Kernels = Kernels {
     nearest,
     dots,
     distances,
+    extend,
     axpy,
     add,
     max_into,
@@ -27,6 +30,9 @@ pub(super) static KERNELS: Kernels = Kernels {
 const PANEL_ROWS: usize = 8;
 const BLOCK_CENTERS: usize = 4;
 const PANEL_CENTERS: usize = 8;
+
+/// Continuations of a partial code are looked at in groups of this many.
+pub(super) const BEAM_LANES: usize = 16;
 
 fn value(values: Values, index: usize) -> f32 {
     match values {
@@ -147,6 +153,36 @@ fn dots(task: &Products, out: &mut [f32]) {
 
 fn distances(task: &Products, out: &mut [f32]) {
     products(task, out, |x, c, sum| (x - c).mul_add(x - c, sum));
+}
+
+fn extend(task: &Extension, scores: &mut [f32], paths: &mut [u16]) {
+    let keep = check::extension(task, scores, paths);
+    let (entries, stage) = (task.entries, task.stage);
+    for row in 0..task.rows {
+        let mut found: Vec<(f32, usize, u16)> = Vec::new();
+        for partial in row * task.count..(row + 1) * task.count {
+            let products = if task.tables.is_empty() { partial } else { row } * entries;
+            let path = &task.paths[partial * stage..][..stage];
+            for entry in 0..entries {
+                let shared =
+                    task.tables.iter().zip(path).map(|(table, old)| table[usize::from(*old) * entries + entry]);
+                let start = task.half_norms[entry] - task.products[products + entry];
+                found.push((shared.fold(start, |sum, v| sum + v) + task.scores[partial], partial, entry as u16));
+            }
+        }
+        // Adding zero makes a negative zero positive: the two are equal. The sort is stable.
+        found.retain(|(score, ..)| !score.is_nan());
+        found.sort_by(|(a, ..), (b, ..)| (a + 0.0).total_cmp(&(b + 0.0)));
+        // Numbers that are not finite can leave fewer scores to choose from: any code serves there.
+        found.resize(found.len().max(keep), (f32::INFINITY, row * task.count, 0));
+        for (place, (score, partial, entry)) in found[..keep].iter().enumerate() {
+            let at = row * keep + place;
+            scores[at] = *score;
+            let path = &mut paths[at * (stage + 1)..][..stage + 1];
+            path[..stage].copy_from_slice(&task.paths[partial * stage..][..stage]);
+            path[stage] = *entry;
+        }
+    }
 }
 
 fn axpy(out: &mut [f32], x: &[f32], weight: f32) {

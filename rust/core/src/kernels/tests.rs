@@ -171,6 +171,51 @@ proptest! {
     }
 }
 
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(if cfg!(miri) { 2 } else { 300 }))]
+
+    #[test]
+    fn extensions(seed: u64, rows in 0usize..10, count in 1usize..24, entries in 1usize..150, stage in 0usize..4,
+                  wanted in 1usize..100, coarse: bool, with_tables: bool, spoiled: bool) {
+        let rng = &mut Rng::new(seed);
+        let mut numbers = |count: usize| -> Vec<f32> {
+            let mut values = floats(rng, count + BEAM_PADDING);
+            if coarse {
+                // Almost all scores are equal to others.
+                values.iter_mut().for_each(|v| *v = v.round());
+            }
+            values
+        };
+        let count = if stage == 0 { 1 } else { count };
+        let mut products = numbers(rows * count * entries);
+        let scores = &numbers(rows * count)[..rows * count];
+        let mut half_norms = numbers(entries);
+        half_norms[entries..].fill(f32::NAN);
+        let tables: Vec<Vec<f32>> = (0..if with_tables { stage } else { 0 }).map(|_| numbers(entries * entries)).collect();
+        let paths: Vec<u16> = (0..rows * count * stage).map(|_| rng.below(entries) as u16).collect();
+        if spoiled {
+            let size = products.len();
+            for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+                (0..size / 2).for_each(|_| products[rng.below(size)] = bad);
+            }
+        }
+        let task = Extension { rows, count, entries, stage, scores, paths: &paths, half_norms: &half_norms,
+                               products: &products, tables: &tables };
+        let keep = wanted.min(count * entries);
+        let run = |kernels: &Kernels| {
+            let (mut scores, mut paths) = (vec![0.0; rows * keep], vec![0; rows * keep * (stage + 1)]);
+            (kernels.extend)(&task, &mut scores, &mut paths);
+            (scores, paths)
+        };
+        let expected = run(&scalar::KERNELS);
+        for kernels in available() {
+            let got = run(kernels);
+            same(&got.0, &expected.0)?;
+            prop_assert_eq!(&got.1, &expected.1, "{}", kernels.name);
+        }
+    }
+}
+
 #[test]
 fn pairs() {
     for n in 0..=67 {

@@ -8,6 +8,7 @@
 //! All functions here need the instruction set of their vector type. Each body checks its preconditions first (see
 //! [`super::check`]); these and the sliced row of codes keep its pointers inside their slices.
 
+mod beam;
 mod books;
 mod levels;
 mod nearest;
@@ -15,6 +16,7 @@ mod peak;
 mod products;
 mod vectors;
 
+pub(super) use beam::{extend, Pack};
 pub(super) use books::lookup_books;
 pub(super) use levels::lookup_levels;
 pub(super) use nearest::nearest;
@@ -22,7 +24,7 @@ pub(super) use peak::fma_peak;
 pub(super) use products::products;
 pub(super) use vectors::{add, axpy, max_into, to_f16};
 
-use super::{check, scalar, BooksView, Ids, Level, LevelsView, Panels, Products, Scales, Values};
+use super::{check, scalar, BooksView, Extension, Ids, Level, LevelsView, Panels, Products, Scales, Values};
 use crate::bits;
 
 /// Rows between the one that is decoded and the one that is fetched from memory.

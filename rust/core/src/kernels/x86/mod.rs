@@ -5,14 +5,15 @@ mod vectors;
 
 use super::scalar;
 use super::simd;
-use super::{BooksView, Ids, Kernels, LevelsView, Panels, Products};
+use super::{BooksView, Extension, Ids, Kernels, LevelsView, Panels, Products};
 use pack::pack;
 use vectors::{Eight, Sixteen};
 
 /// The tables that this CPU can run.
 pub(super) fn available() -> Vec<&'static Kernels> {
     let mut all = Vec::new();
-    if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c") {
+    let eight = is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma");
+    if eight && is_x86_feature_detected!("f16c") && is_x86_feature_detected!("popcnt") {
         all.push(&AVX2);
         let wide = is_x86_feature_detected!("avx512bw") && is_x86_feature_detected!("avx512vl");
         if wide && is_x86_feature_detected!("avx512f") {
@@ -34,6 +35,7 @@ static AVX2: Kernels = Kernels {
     nearest: avx2_nearest,
     dots: avx2_dots,
     distances: avx2_distances,
+    extend: avx2_extend,
     axpy,
     add,
     max_into,
@@ -55,6 +57,7 @@ static AVX512: Kernels = Kernels {
     nearest: avx512_nearest,
     dots: avx512_dots,
     distances: avx512_distances,
+    extend: avx512_extend,
     axpy,
     add,
     max_into,
@@ -90,6 +93,10 @@ shell!("avx2,fma,f16c", fn avx2_nearest(task: &Panels, labels: &mut [u32], best:
     = simd::nearest::<Eight, 2, 6>);
 shell!("avx2,fma,f16c", fn avx2_dots(task: &Products, out: &mut [f32]) = simd::products::<Eight, 2, 6, false>);
 shell!("avx2,fma,f16c", fn avx2_distances(task: &Products, out: &mut [f32]) = simd::products::<Eight, 2, 4, true>);
+shell!("avx2,fma,f16c,popcnt", fn avx2_extend(task: &Extension, scores: &mut [f32], paths: &mut [u16])
+    = simd::extend::<Eight, 8, 2>);
+shell!("avx512f,avx512bw,avx512vl,avx2,fma,f16c,popcnt",
+    fn avx512_extend(task: &Extension, scores: &mut [f32], paths: &mut [u16]) = simd::extend::<Sixteen, 8, 1>);
 shell!("avx512f,avx512bw,avx512vl,avx2,fma,f16c",
     fn avx512_nearest(task: &Panels, labels: &mut [u32], best: &mut [f32], second: &mut [f32])
     = simd::nearest::<Sixteen, 3, 8>);

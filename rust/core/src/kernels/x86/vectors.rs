@@ -1,6 +1,6 @@
 //! The vector operations of AVX2 and AVX-512.
 
-use crate::kernels::simd::{Simd, Widen};
+use crate::kernels::simd::{Pack, Simd, Widen};
 use std::arch::x86_64::*;
 
 /// Eight numbers in an AVX register.
@@ -153,5 +153,50 @@ impl Simd for Sixteen {
     unsafe fn max(self, other: Self) -> Self {
         // SAFETY: the caller has the instruction set, whose maximum is `a > b ? a : b`.
         Sixteen(unsafe { _mm512_max_ps(self.0, other.0) })
+    }
+}
+
+/// For each mask of eight lanes, the lanes that are set, in order.
+static SET_LANES: [[u8; 8]; 256] = {
+    let mut all = [[0; 8]; 256];
+    let mut mask = 0;
+    while mask < 256 {
+        let (mut lane, mut count) = (0, 0);
+        while lane < 8 {
+            if mask >> lane & 1 == 1 {
+                all[mask][count] = lane as u8;
+                count += 1;
+            }
+            lane += 1;
+        }
+        mask += 1;
+    }
+    all
+};
+
+impl Pack for Eight {
+    #[inline(always)]
+    unsafe fn places(self, limit: Self, first: u32, to: *mut u32) -> usize {
+        // SAFETY: the caller has the instruction set and room for a vector; a mask has eight bits.
+        unsafe {
+            let mask = _mm256_movemask_ps(_mm256_cmp_ps::<_CMP_LE_OQ>(self.0, limit.0)) as u32;
+            let lanes = _mm256_cvtepu8_epi32(_mm_loadl_epi64(SET_LANES.as_ptr().add(mask as usize).cast()));
+            _mm256_storeu_si256(to.cast(), _mm256_add_epi32(lanes, _mm256_set1_epi32(first as i32)));
+            mask.count_ones() as usize
+        }
+    }
+}
+
+impl Pack for Sixteen {
+    #[inline(always)]
+    unsafe fn places(self, limit: Self, first: u32, to: *mut u32) -> usize {
+        // SAFETY: the caller has the instruction set and room for a vector.
+        unsafe {
+            let mask = _mm512_cmp_ps_mask::<_CMP_LE_OQ>(self.0, limit.0);
+            let lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+            let places = _mm512_add_epi32(lanes, _mm512_set1_epi32(first as i32));
+            _mm512_storeu_si512(to.cast(), _mm512_maskz_compress_epi32(mask, places));
+            u32::from(mask).count_ones() as usize
+        }
     }
 }
