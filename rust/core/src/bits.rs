@@ -29,10 +29,16 @@ pub fn get(row: &[u8], bits: u32, index: usize) -> u32 {
 }
 
 /// Writes all fields of a row; bytes that no field reaches become zero.
-pub fn pack(values: impl Iterator<Item = u32>, bits: u32, row: &mut [u8]) {
+pub fn pack(mut values: impl Iterator<Item = u32>, bits: u32, row: &mut [u8]) {
     if bits == 8 {
         for (byte, value) in row.iter_mut().zip(values) {
             *byte = value as u8;
+        }
+        return;
+    }
+    if bits == 4 {
+        for byte in row {
+            *byte = values.next().unwrap_or(0) as u8 | (values.next().unwrap_or(0) as u8) << 4;
         }
         return;
     }

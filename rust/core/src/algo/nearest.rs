@@ -71,8 +71,14 @@ impl<'a> Columns<'a> {
     }
 }
 
-/// Rows that are packed at a time: their panels stay in the first level cache while the centres pass by.
-const PACKED_ROWS: usize = 64;
+/// Rows that are packed at a time, at most: a multiple of all vectors and tiles.
+const PACKED_ROWS: usize = 192;
+
+/// At least, and a divisor of the number.
+const PACKED_STEP: usize = 48;
+
+/// Values that are packed at a time, about: they stay in the second level cache while the centres pass by.
+const PACKED_VALUES: usize = 1 << 17;
 
 /// Multiply-adds between two looks at the context: some hundredths of a second.
 const WORK: usize = 1 << 28;
@@ -191,7 +197,7 @@ impl Centroids {
     /// [`Centroids::nearest`] on the calling thread, for use inside a block that already runs in parallel.
     pub fn nearest_block(&self, x: Columns, labels: &mut [u32], distances: Option<&mut [f32]>) {
         self.check(x, labels.len(), distances.as_deref());
-        let mut scratch = Scratch::new(self, false);
+        let mut scratch = Scratch::new(self.width, false);
         for first in (0..x.rows()).step_by(scratch.rows) {
             let last = x.rows().min(first + scratch.rows);
             scratch.run(self, x.block(first..last));
@@ -205,7 +211,7 @@ impl Centroids {
     /// [`Centroids::nearest_exact`] on the calling thread.
     pub fn exact_block(&self, x: Columns, labels: &mut [u32], distances: Option<&mut [f32]>) {
         self.check(x, labels.len(), distances.as_deref());
-        let mut scratch = Scratch::new(self, true);
+        let mut scratch = Scratch::new(self.width, true);
         for first in (0..x.rows()).step_by(scratch.rows) {
             let last = x.rows().min(first + scratch.rows);
             scratch.run(self, x.block(first..last));
@@ -227,7 +233,7 @@ impl Centroids {
     pub fn scores_block(&self, x: Columns, labels: &mut [u32], lowest: &mut [f32], second: &mut [f32]) {
         self.check(x, labels.len(), Some(lowest));
         self.check(x, labels.len(), Some(second));
-        let mut scratch = Scratch::new(self, true);
+        let mut scratch = Scratch::new(self.width, true);
         for first in (0..x.rows()).step_by(scratch.rows) {
             let last = x.rows().min(first + scratch.rows);
             scratch.run(self, x.block(first..last));
@@ -297,8 +303,9 @@ impl Centroids {
     }
 }
 
-/// Room for one pass of the nearest kernel.
+/// Room for passes of the nearest kernel.
 struct Scratch {
+    /// Rows of a pass.
     rows: usize,
     panels: Vec<f32>,
     labels: Vec<u32>,
@@ -307,36 +314,87 @@ struct Scratch {
 }
 
 impl Scratch {
-    fn new(centroids: &Centroids, second: bool) -> Self {
-        let rows = PACKED_ROWS.next_multiple_of(centroids.kernels.panel_rows);
+    /// For rows of `width` values; second scores if `second`.
+    fn new(width: usize, second: bool) -> Self {
+        let rows = (PACKED_VALUES / width).clamp(PACKED_STEP, PACKED_ROWS) / PACKED_STEP * PACKED_STEP;
         Scratch {
             rows,
-            panels: vec![0.0; rows * centroids.width],
+            panels: vec![0.0; rows * width],
             labels: vec![0; rows],
             best: vec![0.0; rows],
             second: vec![0.0; if second { rows } else { 0 }],
         }
     }
 
-    /// Labels and scores of up to `self.rows` rows.
-    fn run(&mut self, centroids: &Centroids, x: Columns) {
+    /// Packs up to `self.rows` rows less `shift`.
+    fn pack(&mut self, kernels: &Kernels, x: Columns, shift: &[f32]) {
+        let padded = x.rows.next_multiple_of(kernels.panel_rows);
+        (kernels.pack)(x.data, x.stride, x.rows, shift, &mut self.panels[..padded * shift.len()]);
+    }
+
+    /// Labels and scores of the rows of `x`, which were packed with `width` columns, of which those from `start` on are
+    /// compared. `part` of `parts` of the rows that follow are fetched meanwhile.
+    fn compare(&mut self, centroids: &Centroids, x: Columns, width: usize, start: usize, part: usize, parts: usize) {
         let kernels = centroids.kernels;
         let padded = x.rows.next_multiple_of(kernels.panel_rows);
-        let rows = &mut self.panels[..padded * centroids.width];
-        (kernels.pack)(x.data, x.stride, x.rows, &centroids.shift, rows);
+        let following = |part: usize| x.rows * x.stride * part / parts;
         let panels = Panels {
             width: centroids.width,
-            rows,
+            rows: &self.panels[start * kernels.panel_rows..padded * width],
+            stride: width * kernels.panel_rows,
             centers: &centroids.blocks,
             half_norms: &centroids.half_norms,
             labels: &centroids.labels,
+            next: x.data.as_ptr().wrapping_add(x.rows * x.stride + following(part)),
+            next_values: following(part + 1) - following(part),
         };
         let second = if self.second.is_empty() { 0 } else { padded };
         (kernels.nearest)(&panels, &mut self.labels[..padded], &mut self.best[..padded], &mut self.second[..second]);
     }
 
+    /// Labels and scores of up to `self.rows` rows.
+    fn run(&mut self, centroids: &Centroids, x: Columns) {
+        self.pack(centroids.kernels, x, &centroids.shift);
+        self.compare(centroids, x, centroids.width, 0, 0, 1);
+    }
+
     fn result(&self, row: usize) -> (u32, f32, f32) {
         (self.labels[row], self.best[row], self.second[row])
+    }
+}
+
+/// Several sets of centres, each for columns of its own, as in product quantization: rows are packed once for all.
+pub struct Parts {
+    /// First column and centres.
+    parts: Vec<(usize, Centroids)>,
+    /// What is taken from each column.
+    shift: Vec<f32>,
+}
+
+impl Parts {
+    /// Centres for the columns from `start` on, for rows of `width` values; at least one set. No column is in two sets.
+    pub fn new(parts: Vec<(usize, Centroids)>, width: usize) -> Self {
+        let mut shift = vec![0.0; width];
+        for (start, centroids) in &parts {
+            shift[*start..][..centroids.width].copy_from_slice(&centroids.shift);
+        }
+        Parts { parts, shift }
+    }
+
+    /// Each part's nearest centre for each row, as [`Centroids::nearest_block`] has it: `labels[part * rows + row]`.
+    pub fn nearest_block(&self, x: Columns, labels: &mut [u32]) {
+        let width = self.shift.len();
+        assert!(x.width == width && labels.len() == self.parts.len() * x.rows, "a label for each row and part");
+        let mut scratch = Scratch::new(width, false);
+        for first in (0..x.rows).step_by(scratch.rows) {
+            let last = x.rows.min(first + scratch.rows);
+            let rows = x.block(first..last);
+            scratch.pack(self.parts[0].1.kernels, rows, &self.shift);
+            for (part, (start, centroids)) in self.parts.iter().enumerate() {
+                scratch.compare(centroids, rows, width, *start, part, self.parts.len());
+                labels[part * x.rows..][first..last].copy_from_slice(&scratch.labels[..last - first]);
+            }
+        }
     }
 }
 

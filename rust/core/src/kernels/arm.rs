@@ -14,12 +14,12 @@ pub(super) fn available() -> Vec<&'static Kernels> {
 /// 24 sums of 32 registers.
 static NEON: Kernels = Kernels {
     name: "neon",
-    panel_rows: 16,
+    panel_rows: 4,
     block_centers: 6,
     panel_centers: 16,
     lookup_books,
     lookup_levels,
-    pack: scalar::pack::<16>,
+    pack: scalar::pack::<4>,
     nearest,
     dots,
     distances,
@@ -45,7 +45,7 @@ macro_rules! shell {
 shell!(fn lookup_books(view: &BooksView, codes: &[u8], ids: Ids, out: &mut [f32]) = simd::lookup_books::<Four>);
 shell!(fn lookup_levels(view: &LevelsView, codes: &[u8], ids: Ids, out: &mut [f32]) = simd::lookup_levels::<Four>);
 shell!(fn nearest(task: &Panels, labels: &mut [u32], best: &mut [f32], second: &mut [f32])
-    = simd::nearest::<Four, 4, 6>);
+    = simd::nearest::<Four, 4, 6, 4, 2>);
 shell!(fn dots(task: &Products, out: &mut [f32]) = simd::products::<Four, 4, 6, false>);
 shell!(fn distances(task: &Products, out: &mut [f32]) = simd::products::<Four, 4, 4, true>);
 shell!(fn extend(task: &Extension, scores: &mut [f32], paths: &mut [u16]) = simd::extend::<Four, 8, 4>);

@@ -250,14 +250,20 @@ impl LevelsView<'_> {
 pub struct Panels<'a> {
     /// Values in a row.
     pub width: usize,
-    /// `[panel][column][row of the panel]`, as [`Kernels::pack`] writes them.
+    /// `[panel][column][row of the panel]`, as [`Kernels::pack`] writes them; it may start at a later column.
     pub rows: &'a [f32],
+    /// Values from one panel to the next: more than `width` columns where others follow.
+    pub stride: usize,
     /// `[block][column][centre of the block]`, blocks of [`Kernels::block_centers`].
     pub centers: &'a [f32],
     /// Half of each centre's squared norm; infinity for centres that only fill the last block.
     pub half_norms: &'a [f32],
     /// What to write for each centre: 0, 1, ... A load from here is cheaper than making the numbers in the loop.
     pub labels: &'a [u32],
+    /// What will likely be read after this call: it is fetched bit by bit meanwhile. Any address is fine.
+    pub next: *const f32,
+    /// How many values from there.
+    pub next_values: usize,
 }
 
 /// Row-major rows, and centres in panels of [`Kernels::panel_centers`].
@@ -471,7 +477,9 @@ mod check {
 
     pub(super) fn nearest(panels: &Panels, labels: &[u32], best: &[f32], second: &[f32], rows: usize, block: usize) {
         assert!(panels.width > 0 && labels.len().is_multiple_of(rows), "panels of rows");
-        assert_eq!(panels.rows.len(), labels.len() * panels.width, "packed rows");
+        let (count, size) = (labels.len() / rows, panels.width * rows);
+        assert!(panels.stride >= size, "stride of panels");
+        assert!(count == 0 || panels.rows.len() >= (count - 1) * panels.stride + size, "packed rows");
         assert_eq!(panels.centers.len(), panels.half_norms.len() * panels.width, "packed centres");
         assert!(panels.half_norms.len().is_multiple_of(block), "blocks of centres");
         assert_eq!(panels.half_norms.len(), panels.labels.len(), "labels of centres");

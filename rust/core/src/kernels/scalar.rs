@@ -118,7 +118,7 @@ fn nearest(panels: &Panels, labels: &mut [u32], best: &mut [f32], second: &mut [
     let width = panels.width;
     for row in 0..labels.len() {
         let (mut label, mut low, mut next) = (0, f32::INFINITY, f32::INFINITY);
-        let x = |t: usize| panels.rows[(row / PANEL_ROWS * width + t) * PANEL_ROWS + row % PANEL_ROWS];
+        let x = |t: usize| panels.rows[row / PANEL_ROWS * panels.stride + t * PANEL_ROWS + row % PANEL_ROWS];
         for (j, half_norm) in panels.half_norms.iter().enumerate() {
             let c = |t: usize| panels.centers[(j / BLOCK_CENTERS * width + t) * BLOCK_CENTERS + j % BLOCK_CENTERS];
             let score = (0..width).fold(*half_norm, |sum, t| (-x(t)).mul_add(c(t), sum));

@@ -140,7 +140,9 @@ proptest! {
                 false => f32::INFINITY,
             }).collect();
             let names: Vec<u32> = (0..total as u32).collect();
-            let task = Panels { width, rows: &panels, centers: &packed, half_norms: &half_norms, labels: &names };
+            let panel = width * kernels.panel_rows;
+            let task = Panels { width, rows: &panels, stride: panel, centers: &packed, half_norms: &half_norms, labels: &names,
+                next: x.as_ptr(), next_values: x.len() };
             let (mut labels, mut best, mut second) = (vec![7; padded], vec![0.0; padded], vec![0.0; padded]);
             (kernels.nearest)(&task, &mut labels, &mut best, &mut second);
             let (mut alone, mut lowest) = (vec![9; padded], vec![0.0; padded]);

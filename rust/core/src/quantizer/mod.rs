@@ -8,7 +8,7 @@ mod product;
 mod residual;
 mod scalar;
 
-use crate::algo::nearest::{Centroids, Columns};
+use crate::algo::nearest::{Centroids, Columns, Parts};
 use crate::bits;
 use crate::decoder::{Decoder, GroupSpec};
 use crate::error::{Error, Result};
@@ -389,18 +389,17 @@ fn encode_nearest<'a>(decoder: &'a Decoder) -> Result<Encoder<'a>> {
     let Decoder::Books(books) = decoder else {
         return Err(Error::shape("the decoder", decoder.form(), "the form books"));
     };
-    let packed: Vec<(usize, Centroids)> =
+    let parts: Vec<(usize, Centroids)> =
         books.books().into_iter().map(|(start, width, entries)| (start, Centroids::new(&entries, width))).collect();
+    let (count, dim) = (parts.len(), decoder.dim());
+    let parts = Parts::new(parts, dim);
     let bits = books.bits();
     Ok(Box::new(move |rows: Matrix, codes: &mut [u8]| {
-        let count = rows.rows();
-        let mut labels = vec![0u32; packed.len() * count];
-        for ((start, centroids), labels) in packed.iter().zip(labels.chunks_mut(count)) {
-            centroids.nearest_block(Columns::new(rows, *start, centroids.width()), labels, None);
-        }
-        let bytes = codes.len() / count;
+        let mut labels = vec![0u32; count * rows.rows()];
+        parts.nearest_block(Columns::from(rows), &mut labels);
+        let bytes = codes.len() / rows.rows();
         for (row, code) in codes.chunks_mut(bytes).enumerate() {
-            bits::pack((0..packed.len()).map(|field| labels[field * count + row]), bits, code);
+            bits::pack((0..count).map(|part| labels[part * rows.rows() + row]), bits, code);
         }
         Ok(())
     }))

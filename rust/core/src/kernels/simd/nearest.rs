@@ -1,32 +1,77 @@
 //! The nearest of many centres: distances and the choice among them fused, for panels of rows.
 
 use super::{check, Panels, Simd};
+use std::ops::Range;
 
-/// `NV` vectors of rows against blocks of `NC` centres.
+/// Rows against all centres. Up to 4 columns stay in registers for `V4` vectors of rows, up to 8 for `V8`; more are taken
+/// in tiles of `NV` vectors of rows and `NC` centres, which is also the block in which centres are packed.
 #[inline(always)]
-pub(in crate::kernels) unsafe fn nearest<S: Simd, const NV: usize, const NC: usize>(
+pub(in crate::kernels) unsafe fn nearest<
+    S: Simd,
+    const NV: usize,
+    const NC: usize,
+    const V4: usize,
+    const V8: usize,
+>(
     panels: &Panels,
     labels: &mut [u32],
     best: &mut [f32],
     second: &mut [f32],
 ) {
-    check::nearest(panels, labels, best, second, NV * S::LANES, NC);
+    check::nearest(panels, labels, best, second, S::LANES, NC);
     labels.fill(0);
     best.fill(f32::INFINITY);
     second.fill(f32::INFINITY);
-    let seconds = !second.is_empty();
     // SAFETY: everything was checked; the instruction set is the caller's.
     unsafe {
-        match (panels.width, seconds) {
-            (1, _) => narrow_rows::<S, NV, NC, 1>(panels, labels, best, second),
-            (2, _) => narrow_rows::<S, NV, NC, 2>(panels, labels, best, second),
-            (3, _) => narrow_rows::<S, NV, NC, 3>(panels, labels, best, second),
-            (4, _) => narrow_rows::<S, NV, NC, 4>(panels, labels, best, second),
-            (_, false) => tiles::<S, NV, NC, false>(panels, labels, best, second),
-            (_, true) => tiles::<S, NV, NC, true>(panels, labels, best, second),
+        match panels.width {
+            1 => narrow::<S, NC, 1, V4, V8>(panels, labels, best, second),
+            2 => narrow::<S, NC, 2, V4, V8>(panels, labels, best, second),
+            3 => narrow::<S, NC, 3, V4, V8>(panels, labels, best, second),
+            4 => narrow::<S, NC, 4, V4, V8>(panels, labels, best, second),
+            5 => narrow::<S, NC, 5, V8, V8>(panels, labels, best, second),
+            6 => narrow::<S, NC, 6, V8, V8>(panels, labels, best, second),
+            7 => narrow::<S, NC, 7, V8, V8>(panels, labels, best, second),
+            8 => narrow::<S, NC, 8, V8, V8>(panels, labels, best, second),
+            _ if second.is_empty() => wide::<S, NV, NC, false>(panels, labels, best, second),
+            _ => wide::<S, NV, NC, true>(panels, labels, best, second),
         }
     }
 }
+
+/// Memory that is fetched a few lines at a time while other work goes on: all at once, the fetches would wait for each
+/// other, and the work for them.
+struct Ahead {
+    next: *const f32,
+    lines: usize,
+    /// Lines at each call.
+    share: usize,
+}
+
+impl Ahead {
+    /// Spreads the fetches over `calls` calls.
+    fn new(panels: &Panels, calls: usize) -> Self {
+        let lines = panels.next_values.div_ceil(LINE);
+        Ahead { next: panels.next, lines, share: lines.div_ceil(calls.max(1)) }
+    }
+
+    #[inline(always)]
+    fn fetch(&mut self) {
+        let share = self.share.min(self.lines);
+        for _ in 0..share {
+            #[cfg(target_arch = "x86_64")]
+            // SAFETY: a prefetch does not fault, whatever the address.
+            unsafe {
+                std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T1 }>(self.next.cast());
+            }
+            self.next = self.next.wrapping_add(LINE);
+        }
+        self.lines -= share;
+    }
+}
+
+/// Values in a cache line.
+const LINE: usize = 16;
 
 /// The lowest scores of a vector of rows so far, and whose they are. Labels travel as bit patterns of `f32`, which
 /// selections do not change.
@@ -75,56 +120,57 @@ impl<S: Simd> Lowest<S> {
     }
 }
 
-/// Up to 4 columns: all vectors of a panel at once, unless the second scores need their registers.
+/// Few columns, as in product quantization: `VECTORS` vectors of rows at a time, or `SECONDS` with second scores, which
+/// need registers too; then single ones.
 #[inline(always)]
-unsafe fn narrow_rows<S: Simd, const NV: usize, const NC: usize, const WIDTH: usize>(
+unsafe fn narrow<S: Simd, const NC: usize, const WIDTH: usize, const VECTORS: usize, const SECONDS: usize>(
     panels: &Panels,
     labels: &mut [u32],
     best: &mut [f32],
     second: &mut [f32],
 ) {
+    let rows = labels.len();
     // SAFETY: passed on to the caller.
     unsafe {
         if second.is_empty() {
-            rows_in_registers::<S, NV, NC, WIDTH, NV, false>(panels, labels, best, second);
+            let whole = rows - rows % (VECTORS * S::LANES);
+            rows_in_registers::<S, NC, WIDTH, VECTORS, false>(panels, 0..whole, labels, best, second);
+            rows_in_registers::<S, NC, WIDTH, 1, false>(panels, whole..rows, labels, best, second);
         } else {
-            rows_in_registers::<S, NV, NC, WIDTH, 1, true>(panels, labels, best, second);
+            let whole = rows - rows % (SECONDS * S::LANES);
+            rows_in_registers::<S, NC, WIDTH, SECONDS, true>(panels, 0..whole, labels, best, second);
+            rows_in_registers::<S, NC, WIDTH, 1, true>(panels, whole..rows, labels, best, second);
         }
     }
 }
 
-/// Few columns, as in product quantization: `VECTORS` vectors of rows stay in registers while all centres pass by.
+/// `VECTORS` vectors of rows stay in registers while all centres pass by.
 #[inline(always)]
-unsafe fn rows_in_registers<
-    S: Simd,
-    const NV: usize,
-    const NC: usize,
-    const WIDTH: usize,
-    const VECTORS: usize,
-    const SECOND: bool,
->(
+unsafe fn rows_in_registers<S: Simd, const NC: usize, const WIDTH: usize, const VECTORS: usize, const SECOND: bool>(
     panels: &Panels,
+    rows: Range<usize>,
     labels: &mut [u32],
     best: &mut [f32],
     second: &mut [f32],
 ) {
     // Unrolled by the compiler, the loop over the centres of a block would keep more in flight than there are registers.
     let block_centers = std::hint::black_box(NC);
-    for at in (0..labels.len()).step_by(VECTORS * S::LANES) {
-        let (panel, v0) = (at / (NV * S::LANES), at / S::LANES % NV);
-        // SAFETY: `VECTORS` divides `NV`, so that the vectors from `at` belong to one panel; blocks are whole.
+    let ahead = &mut Ahead::new(panels, panels.half_norms.len() / NC * rows.len() / (VECTORS * S::LANES));
+    for at in rows.step_by(VECTORS * S::LANES) {
+        // SAFETY: there are `VECTORS` panels from row `at`; blocks are whole.
         unsafe {
-            let rows = panels.rows.as_ptr().add((panel * WIDTH * NV + v0) * S::LANES);
+            let rows = panels.rows.as_ptr().add(at / S::LANES * panels.stride);
             let mut x = [[S::splat(0.0); VECTORS]; WIDTH];
             let mut low = [Lowest { best: x[0][0], second: x[0][0], label: x[0][0] }; VECTORS];
             for v in 0..VECTORS {
                 for t in 0..WIDTH {
-                    x[t][v] = S::load(rows.add((t * NV + v) * S::LANES));
+                    x[t][v] = S::load(rows.add(v * panels.stride + t * S::LANES));
                 }
                 low[v] = Lowest::load::<SECOND>(labels, best, second, at + v * S::LANES);
             }
             let blocks = panels.half_norms.chunks_exact(NC).zip(panels.labels.chunks_exact(NC));
             for (block, (half_norms, names)) in blocks.enumerate() {
+                ahead.fetch();
                 let centers = panels.centers.as_ptr().add(block * WIDTH * NC);
                 for j in 0..block_centers {
                     let mut score = [S::splat(*half_norms.as_ptr().add(j)); VECTORS];
@@ -147,39 +193,78 @@ unsafe fn rows_in_registers<
     }
 }
 
-/// Any number of columns: blocks of centres against panels of rows.
+/// Values of `NV` vectors of rows that stay in the first level cache while all centres pass by.
+const CACHED: usize = 9216;
+
+/// Any number of columns: tiles of `NV` vectors of rows, then of single ones.
 #[inline(always)]
-unsafe fn tiles<S: Simd, const NV: usize, const NC: usize, const SECOND: bool>(
+unsafe fn wide<S: Simd, const NV: usize, const NC: usize, const SECOND: bool>(
     panels: &Panels,
     labels: &mut [u32],
     best: &mut [f32],
     second: &mut [f32],
 ) {
-    let width = panels.width;
-    let blocks = panels.centers.chunks_exact(width * NC).zip(panels.half_norms.chunks_exact(NC));
-    for ((centers, half_norms), names) in blocks.zip(panels.labels.chunks_exact(NC)) {
-        for (panel, rows) in panels.rows.chunks_exact(width * NV * S::LANES).enumerate() {
-            // SAFETY: a block has `width * NC` values and a panel `width * NV * LANES`; scores and labels have
-            // `NV * LANES` entries a panel.
-            unsafe {
-                let scores = tile::<S, NV, NC>(rows.as_ptr(), centers.as_ptr(), half_norms.as_ptr(), width);
-                for v in 0..NV {
-                    let at = (panel * NV + v) * S::LANES;
-                    let mut low = Lowest::<S>::load::<SECOND>(labels, best, second, at);
-                    for j in 0..NC {
-                        low.update::<SECOND>(scores[j][v], S::splat(f32::from_bits(names[j])));
-                    }
-                    low.store::<SECOND>(labels, best, second, at);
-                }
+    let blocks = panels.half_norms.len() / NC;
+    let whole = labels.len() - labels.len() % (NV * S::LANES);
+    let ahead = &mut Ahead::new(panels, blocks * labels.len().div_ceil(NV * S::LANES));
+    // Rows too wide for the cache pass by the block of centres instead.
+    let step = if panels.width * NV * S::LANES > CACHED { 1 } else { blocks };
+    // SAFETY: passed on to the caller.
+    unsafe {
+        for block in (0..blocks).step_by(step) {
+            for first in (0..whole).step_by(NV * S::LANES) {
+                tiles::<S, NV, NC, SECOND>(panels, block..block + step, first, ahead, labels, best, second);
+            }
+            for first in (whole..labels.len()).step_by(S::LANES) {
+                tiles::<S, 1, NC, SECOND>(panels, block..block + step, first, ahead, labels, best, second);
             }
         }
     }
 }
 
-/// Scores of `NV` vectors of rows and `NC` centres, all in registers.
+/// `NV` vectors of rows from row `first` on against blocks of `NC` centres.
 #[inline(always)]
-unsafe fn tile<S: Simd, const NV: usize, const NC: usize>(
+unsafe fn tiles<S: Simd, const NV: usize, const NC: usize, const SECOND: bool>(
+    panels: &Panels,
+    blocks: Range<usize>,
+    first: usize,
+    ahead: &mut Ahead,
+    labels: &mut [u32],
+    best: &mut [f32],
+    second: &mut [f32],
+) {
+    // SAFETY: the caller's blocks exist, and the panels from row `first`; a panel has `width * LANES` values, a block
+    // `width * NC`; scores and labels have an entry a row.
+    unsafe {
+        let rows = panels.rows.as_ptr().add(first / S::LANES * panels.stride);
+        let mut low = [Lowest::<S>::load::<SECOND>(labels, best, second, first); NV];
+        for v in 1..NV {
+            low[v] = Lowest::load::<SECOND>(labels, best, second, first + v * S::LANES);
+        }
+        for block in blocks {
+            ahead.fetch();
+            let centers = panels.centers.as_ptr().add(block * panels.width * NC);
+            let half_norms = panels.half_norms.as_ptr().add(block * NC);
+            let scores = scores::<S, NV, NC>(rows, panels.stride, centers, half_norms, panels.width);
+            let names = panels.labels.as_ptr().add(block * NC);
+            for j in 0..NC {
+                let label = S::splat(f32::from_bits(*names.add(j)));
+                for v in 0..NV {
+                    low[v].update::<SECOND>(scores[j][v], label);
+                }
+            }
+        }
+        for v in 0..NV {
+            low[v].store::<SECOND>(labels, best, second, first + v * S::LANES);
+        }
+    }
+}
+
+/// Scores of `NV` vectors of rows, `stride` values apart, and `NC` centres, all in registers.
+#[inline(always)]
+unsafe fn scores<S: Simd, const NV: usize, const NC: usize>(
     rows: *const f32,
+    stride: usize,
     centers: *const f32,
     half_norms: *const f32,
     width: usize,
@@ -193,7 +278,7 @@ unsafe fn tile<S: Simd, const NV: usize, const NC: usize>(
         for t in 0..width {
             let mut x = [S::splat(0.0); NV];
             for v in 0..NV {
-                x[v] = S::load(rows.add((t * NV + v) * S::LANES));
+                x[v] = S::load(rows.add(v * stride + t * S::LANES));
             }
             for j in 0..NC {
                 let c = S::splat(*centers.add(t * NC + j));

@@ -26,12 +26,12 @@ pub(super) fn available() -> Vec<&'static Kernels> {
 /// 12 sums of 16 registers. One vector of rows more would not leave room for the centre.
 static AVX2: Kernels = Kernels {
     name: "avx2",
-    panel_rows: 16,
+    panel_rows: 8,
     block_centers: 6,
     panel_centers: 16,
     lookup_books,
     lookup_levels,
-    pack: pack::<16>,
+    pack: pack::<8>,
     nearest: avx2_nearest,
     dots: avx2_dots,
     distances: avx2_distances,
@@ -48,12 +48,12 @@ static AVX2: Kernels = Kernels {
 /// 24 sums of 32 registers. Lookups wait for memory, so that wider vectors would not help them.
 static AVX512: Kernels = Kernels {
     name: "avx512",
-    panel_rows: 48,
+    panel_rows: 16,
     block_centers: 8,
     panel_centers: 32,
     lookup_books,
     lookup_levels,
-    pack: pack::<48>,
+    pack: pack::<16>,
     nearest: avx512_nearest,
     dots: avx512_dots,
     distances: avx512_distances,
@@ -90,7 +90,7 @@ shell!("avx2,fma,f16c", fn axpy(out: &mut [f32], x: &[f32], weight: f32) = simd:
 shell!("avx2,fma,f16c", fn add(out: &mut [f32], x: &[f32]) = simd::add::<Eight>);
 shell!("avx2,fma,f16c", fn max_into(out: &mut [f32], x: &[f32]) = simd::max_into::<Eight>);
 shell!("avx2,fma,f16c", fn avx2_nearest(task: &Panels, labels: &mut [u32], best: &mut [f32], second: &mut [f32])
-    = simd::nearest::<Eight, 2, 6>);
+    = simd::nearest::<Eight, 2, 6, 1, 1>);
 shell!("avx2,fma,f16c", fn avx2_dots(task: &Products, out: &mut [f32]) = simd::products::<Eight, 2, 6, false>);
 shell!("avx2,fma,f16c", fn avx2_distances(task: &Products, out: &mut [f32]) = simd::products::<Eight, 2, 4, true>);
 shell!("avx2,fma,f16c,popcnt", fn avx2_extend(task: &Extension, scores: &mut [f32], paths: &mut [u16])
@@ -99,7 +99,7 @@ shell!("avx512f,avx512bw,avx512vl,avx2,fma,f16c,popcnt",
     fn avx512_extend(task: &Extension, scores: &mut [f32], paths: &mut [u16]) = simd::extend::<Sixteen, 8, 1>);
 shell!("avx512f,avx512bw,avx512vl,avx2,fma,f16c",
     fn avx512_nearest(task: &Panels, labels: &mut [u32], best: &mut [f32], second: &mut [f32])
-    = simd::nearest::<Sixteen, 3, 8>);
+    = simd::nearest::<Sixteen, 3, 8, 4, 2>);
 shell!("avx512f,avx512bw,avx512vl,avx2,fma,f16c", fn avx512_dots(task: &Products, out: &mut [f32])
     = simd::products::<Sixteen, 2, 12, false>);
 shell!("avx512f,avx512bw,avx512vl,avx2,fma,f16c", fn avx512_distances(task: &Products, out: &mut [f32])
