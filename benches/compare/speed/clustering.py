@@ -168,17 +168,26 @@ class Peak(Contender):
     """The seconds that the same operations take where the processor does nothing but multiply and add."""
 
     group, name = "peak", "fused multiply-adds in registers"
+    line = 0
 
-    def __init__(self, program: Path, operations: float, threads: int) -> None:
-        self.command, self.operations = [str(program), str(threads)], operations
+    def __init__(self, program: Path, shape: tuple[int, int, int], threads: int) -> None:
+        rows, clusters, dim = shape
+        self.command, self.operations = [str(program), *map(str, (threads, clusters, dim))], 2.0 * rows * clusters * dim
 
     def run(self, batches: Sequence[Any]) -> float:
-        """Operations in a second."""
-        return float(subprocess.run(self.command, capture_output=True, text=True, check=True).stdout)
+        """Operations in a second, as the program measured them."""
+        printed = subprocess.run(self.command, capture_output=True, text=True, check=True).stdout
+        return float(printed.split()[self.line])
 
     def timed(self, batches: Sequence[Any], clock: Clock) -> tuple[float, float]:
         rate = self.run(batches)
         return len(batches) * self.operations / rate, rate
+
+
+class CoreNearest(Peak):
+    """The part of a fit that gives labels, without Python and without the second look that ``predict`` takes."""
+
+    group, name, line = "vqrs", "vqrs Centroids::nearest (Rust)", 1
 
 
 # -- data -----------------------------------------------------------------------------------------------------------
@@ -269,15 +278,31 @@ def mini_batch(shrink: int) -> Iterator[Job]:
 
 def assignment(shrink: int) -> Iterator[Job]:
     """k-means assignment."""
-    threads = int(os.environ["VQRS_NUM_THREADS"])
+    program, threads = yardstick(), int(os.environ["VQRS_NUM_THREADS"])
+    for shape in list(SHAPES)[:4] if program else ():
+        rows, clusters, dim = shrunk(shape, shrink)
+        yield Job(
+            case=f"{rows:,} x {dim}, k={clusters:,}",
+            ours=CoreNearest(program, (rows, clusters, dim), threads),
+            peers=[Peak(program, (rows, clusters, dim), threads)],
+            draw=lambda rng: None,
+            check=lambda contender, batch, answer: {},
+            unit="call",
+            operations=2.0 * rows * clusters * dim,
+            fresh=False,
+            demands=[Demand("peak", 0.8, 0.9)],
+        )
+
+
+def predict(shrink: int) -> Iterator[Job]:
+    """KMeans.predict, whose labels are exact."""
+    program, threads = yardstick(), int(os.environ["VQRS_NUM_THREADS"])
     for shape in list(SHAPES)[:4]:
         rows, clusters, dim = shrunk(shape, shrink)
         x = embeddings(rows, dim)
         centers = x[np.random.default_rng(4).choice(rows, clusters, replace=False)]
         some = slice(None, None, max(1, rows // 2_000))
-        operations = 2.0 * rows * clusters * dim
-        program = yardstick()
-        peers: list[Contender] = [Peak(program, operations, threads)] if program else []
+        peers: list[Contender] = [Peak(program, (rows, clusters, dim), threads)] if program else []
         peers += [FaissSearch(centers)] if faiss else []
         peers += [SklearnPredict(centers)] if cluster else []
 
@@ -297,7 +322,6 @@ def assignment(shrink: int) -> Iterator[Job]:
             draw=lambda rng, x=x: x,
             check=check,
             unit="call",
-            operations=operations,
+            operations=2.0 * rows * clusters * dim,
             fresh=False,
-            demands=[Demand("peak", 0.8, 0.9)],
         )

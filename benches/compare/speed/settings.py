@@ -65,6 +65,7 @@ def families() -> dict[str, Family]:
         lookups.mapped_lookup,
         lookups.opening,
         clustering.assignment,
+        clustering.predict,
         clustering.kmeans,
         clustering.kmeans_narrow,
         clustering.mini_batch,
