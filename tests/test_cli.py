@@ -211,8 +211,9 @@ def test_without_typer(table):
 
 
 INTERRUPTIBLE = """
-import sys, threading
+import signal, sys, threading
 import vqrs
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job is started to ignore it
 from vqrs.cli import main
 def compress(*arguments, **options):
     print("ready", flush=True)

@@ -334,7 +334,8 @@ def test_an_error_in_the_progress_function_comes_through(small_rows):
 
 
 INTERRUPTED = """
-import sys, numpy as np, vqrs
+import signal, numpy as np, vqrs
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job is started to ignore it
 x = np.random.default_rng(0).normal(size=(100_000, 128)).astype(np.float32)
 small = x[:1000]
 quantizer = vqrs.ProductQuantizer(n_subvectors=8, n_bits=4, random_state=0).fit(small)

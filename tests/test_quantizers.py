@@ -571,3 +571,38 @@ def test_the_modules_below_the_estimators_do_not_need_scikit_learn(monkeypatch):
     for name in ("vqrs._validation", "vqrs._encode", "vqrs.metrics"):
         monkeypatch.delitem(sys.modules, name, raising=False)
         __import__(name)
+
+
+# ---- messages ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("parameters", "words"),
+    [
+        ({"tol": float("nan")}, "tol=.*must be a finite number"),
+        ({"n_bits": 8.5}, "n_bits=8.5 .*must be an integer"),
+        ({"max_iter": -1}, "max_iter=-1 .*must be an integer, 0 or more"),
+        ({"codebook_dtype": "float64"}, "float64.*float16"),
+    ],
+)
+def test_a_wrong_parameter_is_told_in_python_words(parameters, words):
+    with pytest.raises(ValueError, match=words):
+        vqrs.ProductQuantizer(**parameters).fit(np.eye(4))
+
+
+def test_names_are_strings():
+    for names, words in [("abcd", "not one string"), ([1, 2, 3, 4], r"names\[0\] is of type int")]:
+        with pytest.raises(TypeError, match=words):
+            vqrs.compress(np.eye(4), method="scalar", names=names)
+
+
+def test_a_class_is_no_method():
+    with pytest.raises(TypeError, match=r"ProductQuantizer\(\)"):
+        vqrs.compress(np.eye(4), method=vqrs.ProductQuantizer)
+
+
+def test_negative_sizes_are_refused():
+    with pytest.raises(ValueError, match="n_rows=-1"):
+        vqrs.estimate(-1, 5)
+    with pytest.raises(ValueError, match="k=-1"):
+        vqrs.compress(np.eye(4), method="scalar").search(np.ones(4), k=-1)

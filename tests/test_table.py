@@ -607,3 +607,17 @@ def test_sizes_that_no_machine_holds_are_refused():
         vqrs.estimate(10, 4096, "residual", n_stages=4096, n_bits=16)
     with pytest.raises(ValueError, match=r"2\^48 rows"):
         vqrs.estimate(2**62, 2**40)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has other permissions")
+def test_what_replaces_a_file_keeps_its_permissions(small_table, tmp_path):
+    path = tmp_path / "table"
+    small_table.save(path)
+    path.chmod(0o640)
+    small_table.save(path)
+    assert path.stat().st_mode & 0o777 == 0o640
+
+
+def test_a_folder_is_no_table(tmp_path):
+    with pytest.raises(IsADirectoryError):
+        vqrs.open(tmp_path)

@@ -211,6 +211,8 @@ def _read_method(
         if unknown:
             raise ValueError(f"method {method!r} has no parameter {unknown[0]!r}: it has {', '.join(known[method])}")
         return method, as_parameters(parameters), random_state
+    if isinstance(method, type) and hasattr(method, "_core_parameters"):
+        raise TypeError(f"method is a class: pass a quantizer, for example {method.__name__}()")
     if not hasattr(method, "_core_parameters"):
         raise TypeError(f"method must be the name of a kind or a quantizer of vqrs, not {method!r}")
     if parameters:

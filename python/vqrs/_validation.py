@@ -15,6 +15,9 @@ from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from vqrs import _core
 
+_MAX_JOBS = 2**31 - 1
+"""The compiled module starts far fewer threads."""
+
 RandomState: TypeAlias = int | np.random.RandomState | np.random.Generator | None
 
 
@@ -153,7 +156,9 @@ def as_jobs(n_jobs: int | None) -> int | None:
         raise TypeError(f"n_jobs must be None or an int, not {n_jobs!r}.")
     if n_jobs == 0:
         raise ValueError("n_jobs=0 has no meaning: pass a number of threads, -1 for all, or None for the default.")
-    return int(n_jobs) if n_jobs > 0 else max(1, _core.hardware()["threads"] + 1 + int(n_jobs))
+    if n_jobs > 0:
+        return min(int(n_jobs), _MAX_JOBS)
+    return max(1, _core.hardware()["threads"] + 1 + int(n_jobs))
 
 
 def as_parameters(parameters: Mapping[str, Any]) -> dict[str, Any]:

@@ -596,6 +596,8 @@ def _offsets(offsets: ArrayLike) -> NDArray[np.int64]:
     array = np.asarray(offsets)
     if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
         raise ValueError(f"offsets must be integers in one dimension, not {array.dtype} of shape {array.shape}")
+    if array.dtype == np.uint64 and array.size and array.max() > np.iinfo(np.int64).max:
+        raise ValueError(f"offsets has {array.max()}, which is beyond the ids")
     return np.ascontiguousarray(array, dtype=np.int64)
 
 

@@ -37,8 +37,10 @@ pub enum Error {
         expected: String,
     },
     /// The input holds NaN or infinity.
-    #[error("Input X contains {value} at row {row}, column {column}: clean the table first, for example with numpy.nan_to_num")]
+    #[error("Input {what} contains {value} at row {row}, column {column}: clean it first, for example with numpy.nan_to_num")]
     NotFinite {
+        /// Which input.
+        what: &'static str,
         /// Row of the first offending value.
         row: usize,
         /// Column of the first offending value.
@@ -113,7 +115,15 @@ impl Error {
     /// The same error with rows counted from `start`: for blocks of a larger table.
     pub fn after_rows(self, start: usize) -> Self {
         match self {
-            Error::NotFinite { row, column, value } => Error::NotFinite { row: row + start, column, value },
+            Error::NotFinite { what, row, column, value } => Error::NotFinite { what, row: row + start, column, value },
+            other => other,
+        }
+    }
+
+    /// The same error about another input than `X`.
+    pub fn about(self, what: &'static str) -> Self {
+        match self {
+            Error::NotFinite { row, column, value, .. } => Error::NotFinite { what, row, column, value },
             other => other,
         }
     }

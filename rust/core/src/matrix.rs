@@ -39,7 +39,7 @@ impl<'a> Matrix<'a> {
                     why: format!("magnitudes above {MAX_MAGNITUDE:e} overflow squared distances in float32; scale the table down first"),
                 }
             } else {
-                Error::NotFinite { row, column, value: if value.is_nan() { "NaN" } else { "infinity" } }
+                Error::NotFinite { what: "X", row, column, value: if value.is_nan() { "NaN" } else { "infinity" } }
             });
         }
         Ok(())
@@ -71,6 +71,17 @@ impl<'a> Matrix<'a> {
     }
 }
 
+/// Refuses weights that are negative or not finite.
+pub fn check_weights(weights: &[f64]) -> Result<()> {
+    match weights.iter().position(|weight| !(weight.is_finite() && *weight >= 0.0)) {
+        None => Ok(()),
+        Some(at) => {
+            let name = format!("sample_weight[{at}]");
+            Err(Error::parameter(name, weights[at], "weights must be finite and not negative"))
+        }
+    }
+}
+
 /// Rows with optional weights: what a fit sees.
 #[derive(Clone, Copy, Debug)]
 pub struct Sample<'a> {
@@ -92,13 +103,7 @@ impl<'a> Sample<'a> {
                 let found = format!("{} values", weights.len());
                 return Err(Error::shape("sample_weight", found, format!("one for each of the {} rows", rows.rows())));
             }
-            if let Some(at) = weights.iter().position(|w| !(w.is_finite() && *w >= 0.0)) {
-                return Err(Error::parameter(
-                    format!("sample_weight[{at}]"),
-                    weights[at],
-                    "weights must be finite and not negative",
-                ));
-            }
+            check_weights(weights)?;
             if weights.iter().all(|w| *w == 0.0) {
                 return Err(Error::parameter("sample_weight", "all zero", "at least one weight must be positive"));
             }

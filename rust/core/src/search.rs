@@ -51,7 +51,8 @@ struct Best {
 
 impl Best {
     fn new(k: usize) -> Self {
-        Best { k, heap: BinaryHeap::with_capacity(k + 1) }
+        // Room for what most searches ask for; a large k grows as hits come in.
+        Best { k, heap: BinaryHeap::with_capacity(k.min(64) + 1) }
     }
 
     #[inline]
@@ -75,10 +76,9 @@ pub fn search(table: &Table, queries: Matrix, k: usize, metric: Metric, ctx: &Co
     if k == 0 {
         return Err(Error::parameter("k", k, "must be at least 1"));
     }
-    queries.check()?;
+    queries.check().map_err(|error| error.about("queries"))?;
     let k = k.min(table.rows());
-    let scorers: Vec<Option<Scorer>> =
-        (0..queries.rows()).map(|query| table.decoder().scorer(queries.row(query), metric)).collect();
+    let scorers = ctx.map(queries.rows(), |query| Ok(table.decoder().scorer(queries.row(query), metric)))?;
     ctx.stage("search", table.rows() as u64);
     let parts = ctx.map(table.rows().div_ceil(CHUNK_ROWS), |index| {
         let start = index * CHUNK_ROWS;
@@ -86,6 +86,7 @@ pub fn search(table: &Table, queries: Matrix, k: usize, metric: Metric, ctx: &Co
         table.touch(rows.clone())?;
         let mut best: Vec<Best> = (0..queries.rows()).map(|_| Best::new(k)).collect();
         for (query, scorer) in scorers.iter().enumerate() {
+            ctx.check()?;
             if let Some(scorer) = scorer {
                 scan_tables(table, scorer, metric, rows.clone(), &mut best[query]);
             }

@@ -44,7 +44,11 @@ pub fn kinds(py: Python<'_>) -> PyResult<Bound<'_, PyList>> {
 
 /// Bytes of the table's file, names and user metadata aside.
 #[pyfunction]
-pub fn estimate(kind: &str, parameters: &Bound<'_, PyAny>, n_rows: usize, n_features: usize) -> PyResult<u64> {
+pub fn estimate(kind: &str, parameters: &Bound<'_, PyAny>, n_rows: i64, n_features: i64) -> PyResult<u64> {
+    let size = |name: &str, size: i64| {
+        usize::try_from(size).map_err(|_| crate::error::to_py(Error::parameter(name, size, "must be at least 1")))
+    };
+    let (n_rows, n_features) = (size("n_rows", n_rows)?, size("n_features", n_features)?);
     checked(vqrs_core::stream::estimate(kind, to_json(parameters)?, n_rows, n_features))
 }
 

@@ -22,6 +22,7 @@ pub fn to_py(error: Error) -> PyErr {
         Error::Io { path, source } => {
             let (number, reason) = match (source.raw_os_error(), source.kind()) {
                 (_, ErrorKind::NotFound) => (2, "No such file or directory".to_owned()),
+                (_, ErrorKind::IsADirectory) => (21, "Is a directory".to_owned()),
                 (_, ErrorKind::PermissionDenied) => (13, "Permission denied".to_owned()),
                 (Some(number), _) => (number, source.to_string()),
                 (None, _) => return PyOSError::new_err(text),

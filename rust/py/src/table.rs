@@ -7,7 +7,7 @@ use crate::error::to_py;
 use numpy::{PyArray1, PyArray2, PyArrayMethods, PyReadonlyArray1, PyReadonlyArray2};
 use pyo3::exceptions::{PyTypeError, PyValueError};
 use pyo3::prelude::*;
-use pyo3::types::PyDict;
+use pyo3::types::{PyDict, PyString};
 use serde_json::{Map, Value};
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -63,6 +63,21 @@ fn rows_of(ids: Ids<'_>, table: &table::Table, from_end: bool) -> vqrs_core::Res
     Ok(wrapped)
 }
 
+/// Names of rows.
+fn texts(names: &Bound<'_, PyAny>) -> PyResult<Vec<String>> {
+    if names.is_instance_of::<PyString>() {
+        return Err(PyTypeError::new_err("names must be a sequence of strings, one a row, not one string"));
+    }
+    let text = |(row, name): (usize, PyResult<Bound<'_, PyAny>>)| {
+        let name = name?;
+        name.extract().map_err(|_| {
+            let found = name.get_type().name().map_or_else(|_| "something else".into(), |name| name.to_string());
+            PyTypeError::new_err(format!("names[{row}] is of type {found}, expected a string"))
+        })
+    };
+    names.try_iter()?.enumerate().map(text).collect()
+}
+
 fn strings(metadata: Option<&Bound<'_, PyAny>>) -> PyResult<BTreeMap<String, String>> {
     let mut map = BTreeMap::new();
     for (key, value) in metadata.map(to_json).transpose()?.unwrap_or_default() {
@@ -114,7 +129,7 @@ impl Table {
         codec: &Codec,
         codes: PyReadonlyArray2<'_, u8>,
         errors: &Bound<'_, PyAny>,
-        names: Option<Vec<String>>,
+        names: Option<&Bound<'_, PyAny>>,
         metadata: Option<&Bound<'_, PyAny>>,
     ) -> PyResult<Self> {
         let (rows, width) = (codes.as_array().nrows(), codes.as_array().ncols());
@@ -123,6 +138,7 @@ impl Table {
             let found = format!("{width} bytes a row");
             return Err(to_py(Error::shape("codes", found, format!("{}", codec.decoder().row_bytes()))));
         }
+        let names = names.map(texts).transpose()?;
         let (codes, errors, metadata) = (codes.as_slice()?, to_json(errors)?, strings(metadata)?);
         let table = detached(py, || {
             let about =
@@ -138,7 +154,8 @@ impl Table {
     }
 
     #[pyo3(signature = (names, metadata))]
-    fn with_metadata(&self, names: Option<Vec<String>>, metadata: &Bound<'_, PyAny>) -> PyResult<Self> {
+    fn with_metadata(&self, names: Option<&Bound<'_, PyAny>>, metadata: &Bound<'_, PyAny>) -> PyResult<Self> {
+        let names = names.map(texts).transpose()?;
         Ok(Table::of(checked(self.get()?.with_metadata(names.as_deref(), strings(Some(metadata))?))?))
     }
 
@@ -306,7 +323,7 @@ impl Table {
         &self,
         py: Python<'py>,
         queries: PyReadonlyArray2<'py, f32>,
-        k: usize,
+        k: i64,
         metric: &str,
         n_jobs: Option<i64>,
     ) -> PyResult<(Bound<'py, PyArray2<f32>>, Bound<'py, PyArray2<i64>>)> {
@@ -319,6 +336,7 @@ impl Table {
                 return Err(to_py(Error::parameter("metric", format!("{other:?}"), expected)));
             }
         };
+        let k = usize::try_from(k).map_err(|_| to_py(Error::parameter("k", k, "must be at least 1")))?;
         let table = self.get()?;
         let count = queries.as_array().nrows();
         let queries = matrix(&queries)?;
@@ -379,10 +397,11 @@ impl TableWriter {
     fn new(
         path: PathBuf,
         codec: &Codec,
-        names: Option<Vec<String>>,
+        names: Option<&Bound<'_, PyAny>>,
         metadata: Option<&Bound<'_, PyAny>>,
         durable: bool,
     ) -> PyResult<Self> {
+        let names = names.map(texts).transpose()?;
         let dim = codec.codec.decoder().dim();
         let path: &Path = &path;
         let writer =

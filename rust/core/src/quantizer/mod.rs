@@ -13,7 +13,7 @@ use crate::bits;
 use crate::decoder::{Decoder, GroupSpec};
 use crate::error::{Error, Result};
 use crate::kernels::Ids;
-use crate::matrix::{Matrix, Sample};
+use crate::matrix::{check_weights, Matrix, Sample};
 use crate::pool::Context;
 use serde::de::DeserializeOwned;
 use serde::Serialize;
@@ -135,12 +135,34 @@ fn make<Q: Quantizer>(parameters: Map<String, Value>) -> Result<Arc<dyn AnyQuant
         }
         // One at a time, so that the message names the parameter.
         let one = Map::from_iter([(name.clone(), value.clone())]);
-        serde_json::from_value::<Q>(Value::Object(one)).map_err(|e| Error::parameter(name, value, e.to_string()))?;
+        serde_json::from_value::<Q>(Value::Object(one))
+            .map_err(|e| Error::parameter(name, shown(value), expected(&defaults[name], &e)))?;
     }
     let quantizer: Q = serde_json::from_value(Value::Object(parameters))
         .map_err(|e| Error::parameter("parameters", Q::NAME, e.to_string()))?;
     quantizer.check()?;
     Ok(Arc::new(quantizer))
+}
+
+/// A value as Python writes it: JSON has no NaN and no infinity.
+fn shown(value: &Value) -> String {
+    match value {
+        Value::Null => "None, NaN or infinity".into(),
+        Value::Bool(true) => "True".into(),
+        Value::Bool(false) => "False".into(),
+        other => other.to_string(),
+    }
+}
+
+/// What a parameter takes, as its default shows.
+fn expected(default: &Value, error: &serde_json::Error) -> String {
+    match default {
+        Value::Number(number) if number.is_u64() => "must be an integer, 0 or more".into(),
+        Value::Number(_) => "must be a finite number".into(),
+        Value::Bool(_) => "must be True or False".into(),
+        // Names of the choices.
+        _ => error.to_string(),
+    }
 }
 
 /// A quantizer with the decoder it learned: can encode new rows.
@@ -279,6 +301,7 @@ impl ErrorSums {
         decoder: &Decoder,
         ctx: &Context,
     ) -> Result<()> {
+        weights.map_or(Ok(()), check_weights)?;
         let dim = rows.dim();
         let mut parts = vec![(0f64, 0f64); rows.rows()];
         ctx.chunks(&mut parts, BLOCK_ROWS, |index, parts| {

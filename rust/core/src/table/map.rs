@@ -105,7 +105,11 @@ impl Bytes for Mapping {
 fn open(path: &Path) -> Result<(File, usize)> {
     let io = |e| Error::io(path, e);
     // Asked by path first: opening a pipe would wait for its writer.
-    if !std::fs::metadata(path).map_err(io)?.is_file() {
+    let about = std::fs::metadata(path).map_err(io)?;
+    if about.is_dir() {
+        return Err(io(std::io::ErrorKind::IsADirectory.into()));
+    }
+    if !about.is_file() {
         return Err(Error::corrupt(path, "is not a regular file, so it cannot be a vqrs table"));
     }
     let file = File::open(path).map_err(io)?;

@@ -108,6 +108,10 @@ fn publish(file: NamedTempFile, path: &Path, durable: bool) -> io::Result<()> {
     if durable {
         file.as_file().sync_all()?;
     }
+    // What replaces a file is open to the same users.
+    if let Ok(old) = std::fs::metadata(path) {
+        file.as_file().set_permissions(old.permissions())?;
+    }
     file.persist(path).map_err(|e| e.error)?;
     // The rename is on disk once the folder is; only Unix lets a folder be opened for that.
     #[cfg(unix)]
