@@ -102,7 +102,7 @@ def main() -> None:
     speed.add_argument("--quick", action="store_true", help="a tenth of the rows and of the time: shows that all works")
     speed.add_argument("--threads", type=int, nargs="+", default=[1, 2], help="a process each")
     speed.add_argument("--simd", nargs="+", help="a process each; the fastest and avx2 by default")
-    speed.add_argument("--seconds", type=float, default=3.0, help="after which a job is repeated no more")
+    speed.add_argument("--seconds", type=float, default=1.2, help="after which a job is repeated no more")
     speed.add_argument("--setting", help=argparse.SUPPRESS)
     speed.add_argument("--name", help=argparse.SUPPRESS)
     speed.set_defaults(do=measure_speed)

@@ -82,6 +82,8 @@ def time_of(record: Record, contender: Record, spread: bool = True) -> str:
     text = seconds(middle)
     if spread and len(contender["seconds"]) > 1:
         text += f" ({seconds(low).split()[0]}–{seconds(high)})"
+    if "iterations" in contender:
+        text += f", {contender['iterations']} iterations"
     if record["operations"]:
         text += f", {record['operations'] / contender['median'] / 1e9:.0f} GFLOP/s"
     return text

@@ -283,8 +283,8 @@ def torch_rows(rows: Rows, batch: int, halves: "torch.Tensor | None") -> list[Co
 
 
 def in_halves(rows: Rows) -> "torch.Tensor | None":
-    """The same table in float16."""
-    return torch.from_numpy(rows).half() if torch else None
+    """The same table in float16, in memory that numpy asks huge pages for, as it does for the float32 one."""
+    return torch.from_numpy(np.empty(rows.shape, np.float16)).copy_(torch.from_numpy(rows)) if torch else None
 
 
 # -- plan -----------------------------------------------------------------------------------------------------------
