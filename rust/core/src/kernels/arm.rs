@@ -24,6 +24,8 @@ static NEON: Kernels = Kernels {
     dots,
     distances,
     extend,
+    quantize: scalar::quantize,
+    grid_error: scalar::grid_error,
     axpy,
     add,
     max_into,
@@ -175,4 +177,6 @@ impl Pack for Four {
         }
         count
     }
+    #[inline(always)]
+    fn fetch(_: *const f32) {}
 }

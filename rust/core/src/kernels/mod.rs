@@ -286,6 +286,17 @@ pub struct Products<'a> {
 /// Multiply-adds of single numbers in a round of [`Kernels::fma_peak`]: the same for all vector widths.
 pub const PEAK_FMAS: usize = 3072;
 
+/// Grids of levels, one a value: the value of level q, from 0 to `top`, is low + q * step.
+#[derive(Clone, Copy, Debug)]
+pub struct Grids<'a> {
+    /// Distances between levels.
+    pub steps: &'a [f32],
+    /// Values of level 0.
+    pub lows: &'a [f32],
+    /// The highest level, 255 at most.
+    pub top: f32,
+}
+
 /// Partial codes of some rows, and what a beam search needs to add one entry to each. All slices that are read by
 /// entries hold [`BEAM_PADDING`] numbers more, so that whole vectors can be read.
 #[derive(Clone, Copy, Debug)]
@@ -341,6 +352,10 @@ pub struct Kernels {
     /// equals the one of the first partial code, then of the lowest entry. `scores` has room for as many codes a row
     /// as are wanted, no more than there are, `paths` for their `stage + 1` entries.
     pub extend: fn(&Extension, &mut [f32], &mut [u16]),
+    /// `quantize(values, grids, levels)`: the nearest level to each value, halves up; 0 where the step is 0.
+    pub quantize: fn(&[f32], &Grids, &mut [u8]),
+    /// `grid_error(values, step, low, top)`: squared error of the values on a grid of levels 0 to `top`.
+    pub grid_error: fn(&[f32], f32, f32, f32) -> f32,
     /// `axpy(out, x, weight)`: out = fma(weight, x, out).
     pub axpy: fn(&mut [f32], &[f32], f32),
     /// `add(out, x)`: out = out + x.
@@ -436,7 +451,7 @@ pub fn forced_error() -> Option<String> {
 
 /// The preconditions of the kernels, checked once a call: with them no pointer of a fast path leaves its slice.
 mod check {
-    use super::{bits, BooksView, Extension, Ids, LevelsView, Panels, Products, Scales, BEAM_PADDING};
+    use super::{bits, BooksView, Extension, Grids, Ids, LevelsView, Panels, Products, Scales, BEAM_PADDING};
 
     pub(super) fn books(view: &BooksView, ids: &Ids, out: &[f32]) {
         assert!(view.dim > 0 && (1..=bits::MAX_BITS).contains(&view.bits), "dim or bits of a books view");
@@ -490,6 +505,16 @@ mod check {
         rows(task.x, task.stride, task.rows, task.width);
         assert_eq!(task.centers.len(), task.count.next_multiple_of(panel) * task.width, "packed centres");
         assert_eq!(out.len(), task.rows * task.count, "output of products");
+    }
+
+    pub(super) fn top(top: f32) {
+        assert!((0.0..=255.0).contains(&top), "highest level");
+    }
+
+    pub(super) fn quantize(values: &[f32], grids: &Grids, levels: &[u8]) {
+        top(grids.top);
+        let count = values.len();
+        assert!(grids.steps.len() == count && grids.lows.len() == count && levels.len() == count, "grids of values");
     }
 
     /// Gives the number of partial codes that are wanted for each row.

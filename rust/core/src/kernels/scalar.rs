@@ -1,7 +1,7 @@
 //! The meaning of every kernel: one plain loop each.
 
 use super::{
-    check, BooksView, Extension, Ids, Kernels, Level, LevelsView, Panels, Products, Scales, Values, PEAK_FMAS,
+    check, BooksView, Extension, Grids, Ids, Kernels, Level, LevelsView, Panels, Products, Scales, Values, PEAK_FMAS,
 };
 use crate::bits;
 use half::{bf16, f16};
@@ -18,6 +18,8 @@ pub(super) static KERNELS: Kernels = Kernels {
     dots,
     distances,
     extend,
+    quantize,
+    grid_error,
     axpy,
     add,
     max_into,
@@ -183,6 +185,43 @@ fn extend(task: &Extension, scores: &mut [f32], paths: &mut [u16]) {
             path[stage] = *entry;
         }
     }
+}
+
+#[inline(always)]
+pub(super) fn quantize(values: &[f32], grids: &Grids, levels: &mut [u8]) {
+    check::quantize(values, grids, levels);
+    let top = grids.top;
+    for (((level, value), step), low) in levels.iter_mut().zip(values).zip(grids.steps).zip(grids.lows) {
+        // A division, because the inverse of a denormal step overflows.
+        let place = if *step == 0.0 { 0.0 } else { (value - low) / step + 0.5 };
+        *level = whole(place, top) as u8;
+    }
+}
+
+/// The integer part of a place on a grid, from 0 to `top`.
+#[inline(always)]
+fn whole(place: f32, top: f32) -> i32 {
+    let low = if place > 0.0 { place } else { 0.0 };
+    let place = if low < top + 0.5 { low } else { top + 0.5 };
+    // SAFETY: from 0 to 255.5.
+    unsafe { place.to_int_unchecked::<i32>() }
+}
+
+#[inline(always)]
+pub(super) fn grid_error(values: &[f32], step: f32, low: f32, top: f32) -> f32 {
+    check::top(top);
+    // Multiplying by the inverse is faster; a search needs no exact ties.
+    let inverse = if step == 0.0 { 0.0 } else { 1.0 / step };
+    let mut lanes = [0f32; 16];
+    let add = |lane: &mut f32, value: &f32| {
+        let level = whole((value - low) * inverse + 0.5, top) as f32;
+        let difference = value - (level * step + low);
+        *lane += difference * difference;
+    };
+    let chunks = values.chunks_exact(16);
+    chunks.remainder().iter().zip(&mut lanes).for_each(|(v, lane)| add(lane, v));
+    chunks.for_each(|chunk| lanes.iter_mut().zip(chunk).for_each(|(lane, v)| add(lane, v)));
+    lanes.iter().sum()
 }
 
 fn axpy(out: &mut [f32], x: &[f32], weight: f32) {

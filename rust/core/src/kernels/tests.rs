@@ -255,6 +255,31 @@ fn rounding() {
 }
 
 #[test]
+fn grids() {
+    for n in 0..=67 {
+        let rng = &mut Rng::new(n as u64);
+        let (values, lows) = (floats(rng, n), floats(rng, n));
+        let steps: Vec<f32> = floats(rng, n).iter().map(|v| (v.abs() - 0.5).max(0.0)).collect();
+        for top in [3.0, 15.0, 255.0] {
+            let grids = Grids { steps: &steps, lows: &lows, top };
+            let mut expected = vec![0; n];
+            (scalar::KERNELS.quantize)(&values, &grids, &mut expected);
+            let error = (scalar::KERNELS.grid_error)(&values, 0.1, -1.0, top);
+            for kernels in available() {
+                let mut levels = vec![7; n];
+                (kernels.quantize)(&values, &grids, &mut levels);
+                assert_eq!(levels, expected, "{}", kernels.name);
+                assert_eq!((kernels.grid_error)(&values, 0.1, -1.0, top).to_bits(), error.to_bits());
+            }
+            for t in 0..n {
+                let place = (values[t] - lows[t]) / steps[t] + 0.5;
+                assert_eq!(expected[t], if steps[t] == 0.0 { 0 } else { place.clamp(0.0, top) as u8 });
+            }
+        }
+    }
+}
+
+#[test]
 fn packing_transposes() {
     for kernels in available() {
         let (rows, width, stride) = (kernels.panel_rows + 3, 11, 13);

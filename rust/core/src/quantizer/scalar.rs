@@ -5,11 +5,12 @@
 //! stored, so that rounding a scale never costs more than it must.
 
 use super::{within, Encoder, Learned, Quantizer};
-use crate::bits;
 use crate::decoder::{Decoder, Granularity, Levels, LevelsSpec, Number};
 use crate::error::{Error, Result};
+use crate::kernels::{self, Grids};
 use crate::matrix::{Matrix, Sample};
 use crate::pool::Context;
+use half::slice::{HalfBitsSliceExt, HalfFloatSliceExt};
 use half::{bf16, f16};
 use serde::{Deserialize, Serialize};
 
@@ -50,6 +51,10 @@ impl Default for ScalarQuantizer {
 /// 100 times larger, and rows 10^6 times smaller than the largest keep full precision.
 const HEADROOM: i32 = 8;
 
+/// Values that are quantized at a time, and sums that run side by side.
+const RUN: usize = 256;
+const LANES: usize = 8;
+
 /// A grid of levels: value = level * step + low.
 #[derive(Clone, Copy, Debug, PartialEq)]
 struct Grid {
@@ -58,43 +63,34 @@ struct Grid {
 }
 
 impl Grid {
-    /// The nearest level, halves up. A division, because the inverse of a denormal step overflows.
-    #[inline]
-    fn level(self, value: f32, top: f32) -> u32 {
-        if self.step == 0.0 {
-            return 0;
-        }
-        ((value - self.low) / self.step + 0.5).clamp(0.0, top + 0.5) as u32
-    }
-
     /// Squared error of the values on this grid.
     fn error(self, values: &[f32], top: f32) -> f32 {
-        // Multiplying by the inverse lets the loop run in vectors; a search needs no exact ties.
-        let inverse = if self.step == 0.0 { 0.0 } else { 1.0 / self.step };
-        let mut lanes = [0f32; 16];
-        let add = |lane: &mut f32, value: &f32| {
-            let level = ((value - self.low) * inverse + 0.5).clamp(0.0, top + 0.5) as i32 as f32;
-            let difference = value - (level * self.step + self.low);
-            *lane += difference * difference;
-        };
-        let whole = values.chunks_exact(16);
-        whole.remainder().iter().zip(&mut lanes).for_each(|(v, lane)| add(lane, v));
-        whole.for_each(|chunk| lanes.iter_mut().zip(chunk).for_each(|(lane, v)| add(lane, v)));
-        lanes.iter().sum()
+        (kernels::best().grid_error)(values, self.step, self.low, top)
     }
 
     /// One step of alternating least squares: levels for this grid, then the best grid for those levels.
     fn refit(self, values: &[f32], top: f32, symmetric: bool) -> Grid {
         let middle = (top + 1.0) / 2.0;
-        let (mut sum_q, mut sum_qq, mut sum_x, mut sum_qx) = (0f64, 0f64, 0f64, 0f64);
-        for value in values {
-            let level = self.level(*value, top) as f32;
-            let (q, x) = (f64::from(if symmetric { level - middle } else { level }), f64::from(*value));
-            sum_q += q;
-            sum_qq += q * q;
-            sum_x += x;
-            sum_qx += q * x;
+        let (steps, lows) = ([self.step; RUN], [self.low; RUN]);
+        let mut levels = [0u8; RUN];
+        // Sums over each place of the runs: these loops have no long chains of additions.
+        let mut sums = [[0f64; LANES]; 4];
+        for values in values.chunks(RUN) {
+            let count = values.len();
+            let grids = Grids { steps: &steps[..count], lows: &lows[..count], top };
+            (kernels::best().quantize)(values, &grids, &mut levels[..count]);
+            for (values, levels) in values.chunks(LANES).zip(levels.chunks(LANES)) {
+                for (lane, (value, level)) in values.iter().zip(levels).enumerate() {
+                    let level = f32::from(*level);
+                    let (q, x) = (f64::from(if symmetric { level - middle } else { level }), f64::from(*value));
+                    sums[0][lane] += q;
+                    sums[1][lane] += q * q;
+                    sums[2][lane] += x;
+                    sums[3][lane] += q * x;
+                }
+            }
         }
+        let [sum_q, sum_qq, sum_x, sum_qx] = sums.map(|lanes| lanes.iter().sum::<f64>());
         if symmetric {
             let step = if sum_qq > 0.0 { (sum_qx / sum_qq) as f32 } else { self.step };
             return Grid { step, low: -step * middle };
@@ -175,17 +171,18 @@ impl Rules {
     }
 
     /// The grid for some values.
-    fn choose(&self, values: &[f32]) -> Grid {
+    fn choose(&self, values: &[f32], ctx: &Context) -> Result<Grid> {
         let (low, high) = range(values);
         let full = self.minmax(low, high);
         if !self.search || full.step == 0.0 {
-            return full;
+            return Ok(full);
         }
         // Shrunk ranges around the middle of the full one: clipping outliers pays more the fewer the levels.
         let (mut best, mut least) = (full, full.error(values, self.top));
         let middle = (self.top + if self.symmetric { 1.0 } else { 0.0 }) / 2.0;
         let centre = full.low + full.step * middle;
         for shrink in 1..=28 {
+            ctx.check()?;
             let step = full.step * (1.0 - 0.03 * shrink as f32);
             let grid = Grid { step, low: centre - step * middle };
             let error = grid.error(values, self.top);
@@ -194,6 +191,7 @@ impl Rules {
             }
         }
         for _ in 0..6 {
+            ctx.check()?;
             let grid = best.refit(values, self.top, self.symmetric);
             let error = grid.error(values, self.top);
             if !(error < least && grid.step > 0.0) {
@@ -202,11 +200,8 @@ impl Rules {
             (best, least) = (grid, error);
         }
         let best = self.rounded(best);
-        if best.step > 0.0 && best.error(values, self.top) < full.error(values, self.top) {
-            best
-        } else {
-            full
-        }
+        let better = best.step > 0.0 && best.error(values, self.top) < full.error(values, self.top);
+        Ok(if better { best } else { full })
     }
 }
 
@@ -245,7 +240,7 @@ impl ScalarQuantizer {
         ctx.map(data.dim(), |column| {
             let values: Vec<f32> = data.rows.data().iter().skip(column).step_by(data.dim()).copied().collect();
             ctx.advance(1);
-            Ok(rules.choose(&values))
+            rules.choose(&values, ctx)
         })
     }
 
@@ -270,7 +265,15 @@ impl ScalarQuantizer {
 
 /// Smallest and largest value.
 fn range(values: &[f32]) -> (f32, f32) {
-    values.iter().fold((f32::MAX, f32::MIN), |(l, h), v| (if *v < l { *v } else { l }, if *v > h { *v } else { h }))
+    // Side by side, so that the loop runs in vectors.
+    let mut lanes = [(f32::MAX, f32::MIN); LANES];
+    for values in values.chunks(LANES) {
+        for ((low, high), value) in lanes.iter_mut().zip(values) {
+            *low = if value < low { *value } else { *low };
+            *high = if value > high { *value } else { *high };
+        }
+    }
+    lanes.iter().fold((f32::MAX, f32::MIN), |(low, high), lane| (low.min(lane.0), high.max(lane.1)))
 }
 
 impl Quantizer for ScalarQuantizer {
@@ -302,58 +305,85 @@ impl Quantizer for ScalarQuantizer {
         Ok(Learned { decoder, codes: None, n_iter: 1, notes: Vec::new() })
     }
 
-    fn encoder<'a>(&'a self, decoder: &'a Decoder, _: &Context) -> Result<Encoder<'a>> {
+    fn encoder<'a>(&'a self, decoder: &'a Decoder, ctx: &Context) -> Result<Encoder<'a>> {
         let Decoder::Levels(levels) = decoder else {
             return Err(Error::shape("the decoder", decoder.form(), "the form levels"));
         };
         let spec = levels.spec();
         let rules = self.rules(Some((spec.scale_factor, spec.offset_factor)));
+        let ctx = ctx.clone();
         Ok(Box::new(move |rows: Matrix, codes: &mut [u8]| {
-            let mut grids = Vec::new();
+            if spec.dtype.is_float() {
+                return cast(rows, spec.dtype, codes);
+            }
+            let size = spec.shared().unwrap_or(spec.dim);
+            let (mut steps, mut lows) = (vec![0f32; spec.dim], vec![0f32; spec.dim]);
+            let (mut grids, mut fields) = (Vec::new(), vec![0u8; spec.dim]);
             for (index, code) in codes.chunks_mut(spec.row_bytes()).enumerate() {
                 let row = rows.row(index);
-                match (spec.dtype, levels.columns()) {
-                    (Number::Float16 | Number::Bfloat16, _) => cast(row, spec.dtype, code)?,
-                    (_, Some((step, low))) => {
-                        let grid = |column: usize| Grid { step: step[column], low: low[column] };
-                        pack(row, grid, &rules, spec, code);
-                    }
-                    (_, None) => {
-                        let size = spec.shared().unwrap_or(spec.dim);
+                let (steps, lows) = match levels.columns() {
+                    Some(columns) => columns,
+                    None => {
                         grids.clear();
-                        grids.extend(row.chunks(size).map(|values| rules.choose(values)));
-                        pack(row, |column| grids[column / size], &rules, spec, code);
+                        for (part, values) in row.chunks(size).enumerate() {
+                            let grid = rules.choose(values, &ctx)?;
+                            steps[part * size..][..values.len()].fill(grid.step);
+                            lows[part * size..][..values.len()].fill(grid.low);
+                            grids.push(grid);
+                        }
                         store(&grids, spec, &mut code[spec.level_bytes()..])?;
+                        (&steps[..], &lows[..])
                     }
-                }
+                };
+                (kernels::best().quantize)(row, &Grids { steps, lows, top: rules.top }, &mut fields);
+                pack(&fields, spec.dtype.bits(), &mut code[..spec.level_bytes()]);
             }
             Ok(())
         }))
     }
 }
 
-/// Writes a row as float16 or bfloat16, rounded to nearest even.
-fn cast(row: &[f32], dtype: Number, code: &mut [u8]) -> Result<()> {
-    for (value, bytes) in row.iter().zip(code.chunks_exact_mut(2)) {
-        let (stored, finite) = match dtype {
-            Number::Float16 => (f16::from_f32(*value).to_le_bytes(), f16::from_f32(*value).is_finite()),
-            _ => (bf16::from_f32(*value).to_le_bytes(), true),
-        };
-        if !finite {
+/// Writes rows as float16 or bfloat16, rounded to nearest even.
+fn cast(rows: Matrix, dtype: Number, codes: &mut [u8]) -> Result<()> {
+    for (values, codes) in rows.data().chunks(RUN).zip(codes.chunks_mut(2 * RUN)) {
+        let mut stored = [0u16; RUN];
+        let stored = &mut stored[..values.len()];
+        match dtype {
+            Number::Float16 => stored.reinterpret_cast_mut::<f16>().convert_from_f32_slice(values),
+            _ => stored.reinterpret_cast_mut::<bf16>().convert_from_f32_slice(values),
+        }
+        let finite = |bits: &u16| f16::from_bits(*bits).is_finite();
+        if dtype == Number::Float16 && !stored.iter().fold(true, |all, bits| all & finite(bits)) {
+            let value = values.iter().zip(stored.iter()).find(|(_, bits)| !finite(bits)).map_or(0.0, |(v, _)| *v);
             return Err(Error::OutOfRange {
                 what: format!("{value:e} does not fit float16 (largest 65504)"),
                 why: "use dtype=\"bfloat16\" or an integer type, or scale the table down".into(),
             });
         }
-        bytes.copy_from_slice(&stored);
+        for (bits, bytes) in stored.iter().zip(codes.chunks_exact_mut(2)) {
+            bytes.copy_from_slice(&bits.to_le_bytes());
+        }
     }
     Ok(())
 }
 
-/// Writes the levels of a row.
-fn pack(row: &[f32], grid: impl Fn(usize) -> Grid, rules: &Rules, spec: &LevelsSpec, code: &mut [u8]) {
-    let levels = row.iter().enumerate().map(|(column, value)| grid(column).level(*value, rules.top));
-    bits::pack(levels, spec.dtype.bits(), &mut code[..spec.level_bytes()]);
+/// Writes the levels of a row: `bits` of each, low bits first.
+fn pack(levels: &[u8], bits: u32, code: &mut [u8]) {
+    match bits {
+        8 => code.copy_from_slice(levels),
+        4 => pack_bytes::<2>(levels, code),
+        _ => pack_bytes::<4>(levels, code),
+    }
+}
+
+/// `COUNT` levels a byte.
+fn pack_bytes<const COUNT: usize>(levels: &[u8], code: &mut [u8]) {
+    let join = |levels: &[u8]| levels.iter().rev().fold(0, |byte: u8, level| byte << (8 / COUNT) | level);
+    let whole = levels.chunks_exact(COUNT);
+    if let [.., last] = code {
+        *last = join(whole.remainder());
+    }
+    code.iter_mut().zip(whole).for_each(|(byte, levels)| *byte = join(levels));
 }
 
 /// Writes the scales of a row after its levels.
@@ -403,7 +433,8 @@ mod tests {
                 let values: Vec<f32> = (0..64).map(|_| rng.normal() as f32).collect();
                 let searched = Rules { top, search: true, symmetric, stored: Some((1.0 / 256.0, 1.0 / 256.0)) };
                 let full = Rules { search: false, ..searched };
-                assert!(searched.choose(&values).error(&values, top) <= full.choose(&values).error(&values, top));
+                let choose = |rules: &Rules| rules.choose(&values, &Context::default()).unwrap();
+                assert!(choose(&searched).error(&values, top) <= choose(&full).error(&values, top));
             }
         }
     }

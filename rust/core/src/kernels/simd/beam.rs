@@ -11,6 +11,8 @@ pub(in crate::kernels) trait Pack: Simd {
     /// Writes `first` + lane, in order, for the lanes that are at most `limit`, and says for how many. May write
     /// anything after these, up to `LANES` numbers in all.
     unsafe fn places(self, limit: Self, first: u32, to: *mut u32) -> usize;
+    /// Asks for a cache line. Any address is fine.
+    fn fetch(address: *const f32);
 }
 
 /// Lanes whose lowest scores are kept, for every so many partial codes that are wanted.
@@ -18,7 +20,7 @@ const LANES: usize = scalar::BEAM_LANES;
 const WANTED: usize = LANES / 2;
 
 /// Rows that take each step together.
-const ROWS: usize = 4;
+const ROWS: usize = 2;
 
 /// Up to here ranks are counted by comparing each number with each; longer lists are sorted.
 const COUNTED: usize = 64;
@@ -40,6 +42,10 @@ pub(in crate::kernels) unsafe fn extend<S: Pack, const NV: usize, const NL: usiz
             for (row, candidates) in group.iter_mut().enumerate() {
                 candidates.expand::<S, NV, NL>(task, first + row);
             }
+            // The next rows' tables arrive while the best of these are chosen.
+            for row in first + ROWS..task.rows.min(first + 2 * ROWS) {
+                fetch_tables::<S>(task, row);
+            }
             for candidates in group.iter_mut() {
                 candidates.limit = low_bound::<S>(&mut candidates.lowest, keep);
             }
@@ -55,6 +61,22 @@ pub(in crate::kernels) unsafe fn extend<S: Pack, const NV: usize, const NL: usiz
             let scores = &mut scores[row * keep..][..keep];
             let paths = &mut paths[row * keep * (task.stage + 1)..][..keep * (task.stage + 1)];
             candidates.write(task, row, scores, paths);
+        }
+    }
+}
+
+/// Asks for what the row's partial codes have in common with the stage's entries.
+#[inline(always)]
+fn fetch_tables<S: Pack>(task: &Extension, row: usize) {
+    let paths = &task.paths[row * task.count * task.stage..][..task.count * task.stage];
+    for (index, entry) in paths.iter().enumerate().take(if task.tables.is_empty() { 0 } else { paths.len() }) {
+        // Most partial codes start like the one before.
+        if index >= task.stage && paths[index - task.stage] == *entry {
+            continue;
+        }
+        let table = task.tables[index % task.stage].as_ptr().wrapping_add(usize::from(*entry) * task.entries);
+        for line in (0..task.entries).step_by(16) {
+            S::fetch(table.wrapping_add(line));
         }
     }
 }

@@ -5,7 +5,7 @@ mod vectors;
 
 use super::scalar;
 use super::simd;
-use super::{BooksView, Extension, Ids, Kernels, LevelsView, Panels, Products};
+use super::{BooksView, Extension, Grids, Ids, Kernels, LevelsView, Panels, Products};
 use pack::pack;
 use vectors::{Eight, Sixteen};
 
@@ -36,6 +36,8 @@ static AVX2: Kernels = Kernels {
     dots: avx2_dots,
     distances: avx2_distances,
     extend: avx2_extend,
+    quantize: avx2_quantize,
+    grid_error: avx2_grid_error,
     axpy,
     add,
     max_into,
@@ -58,6 +60,8 @@ static AVX512: Kernels = Kernels {
     dots: avx512_dots,
     distances: avx512_distances,
     extend: avx512_extend,
+    quantize: avx512_quantize,
+    grid_error: avx512_grid_error,
     axpy,
     add,
     max_into,
@@ -127,3 +131,28 @@ fn carries(words: &[u32], mask: u32, one: u32) -> u32 {
     // SAFETY: the tables of this file are handed out only where the CPU has the feature.
     unsafe { inside(words, mask, one) }
 }
+
+/// The plain loops of scalar quantization, which the compiler turns into vectors of these features.
+macro_rules! plain {
+    ($features:literal, $quantize:ident, $grid_error:ident) => {
+        fn $quantize(values: &[f32], grids: &Grids, levels: &mut [u8]) {
+            #[target_feature(enable = $features)]
+            fn inside(values: &[f32], grids: &Grids, levels: &mut [u8]) {
+                scalar::quantize(values, grids, levels);
+            }
+            // SAFETY: the tables of this file are handed out only where the CPU has the features.
+            unsafe { inside(values, grids, levels) }
+        }
+        fn $grid_error(values: &[f32], step: f32, low: f32, top: f32) -> f32 {
+            #[target_feature(enable = $features)]
+            fn inside(values: &[f32], step: f32, low: f32, top: f32) -> f32 {
+                scalar::grid_error(values, step, low, top)
+            }
+            // SAFETY: the tables of this file are handed out only where the CPU has the features.
+            unsafe { inside(values, step, low, top) }
+        }
+    };
+}
+
+plain!("avx2", avx2_quantize, avx2_grid_error);
+plain!("avx512f,avx512bw,avx512vl,avx2", avx512_quantize, avx512_grid_error);

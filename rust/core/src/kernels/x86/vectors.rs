@@ -185,6 +185,11 @@ impl Pack for Eight {
             mask.count_ones() as usize
         }
     }
+    #[inline(always)]
+    fn fetch(address: *const f32) {
+        // SAFETY: a prefetch does not fault, whatever the address.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(address.cast()) }
+    }
 }
 
 impl Pack for Sixteen {
@@ -198,5 +203,10 @@ impl Pack for Sixteen {
             _mm512_storeu_si512(to.cast(), _mm512_maskz_compress_epi32(mask, places));
             u32::from(mask).count_ones() as usize
         }
+    }
+    #[inline(always)]
+    fn fetch(address: *const f32) {
+        // SAFETY: a prefetch does not fault, whatever the address.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(address.cast()) }
     }
 }
