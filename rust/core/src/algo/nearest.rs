@@ -13,7 +13,7 @@ use std::ops::Range;
 use std::sync::OnceLock;
 
 /// Some columns of row-major rows: product quantization clusters these without copying.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, Default)]
 pub struct Columns<'a> {
     data: &'a [f32],
     rows: usize,
@@ -248,6 +248,11 @@ impl Centroids {
         squared_distance(row, &self.shift)
     }
 
+    /// The largest norm of a moved centre.
+    pub fn reach(&self) -> f64 {
+        self.reach
+    }
+
     /// How far a score in float32 can be from half the squared distance less half the squared norm of the row.
     ///
     /// With u = 2^-24: moving the row and the centre rounds each value once, which changes half the squared distance by
@@ -255,7 +260,11 @@ impl Centroids {
     /// `width` steps rounds a partial sum that is at most |c|^2 / 2 + |x| |c|. Twice that covers terms of order
     /// u^2 and the rounding of |x|.
     pub fn error_bound(&self, row: &[f32]) -> f64 {
-        let norm = f64::from(near_distance(row, &self.shift)).sqrt();
+        self.error_at(f64::from(near_distance(row, &self.shift)).sqrt())
+    }
+
+    /// [`Centroids::error_bound`] of any row whose norm, when moved, is at most this.
+    pub fn error_at(&self, norm: f64) -> f64 {
         let steps = (self.width + 1) as f64 * (self.reach * self.reach / 2.0 + norm * self.reach);
         2.0 * f64::from(f32::EPSILON) / 2.0 * (steps + (norm + self.reach).powi(2)) + f64::from(f32::MIN_POSITIVE)
     }

@@ -1,70 +1,90 @@
 //! First centres for k-means.
 
 use super::kmeans::Rows;
-use super::nearest::Centroids;
+use super::nearest::{Centroids, Columns};
 use crate::error::Result;
 use crate::pool::Context;
 use crate::rng::Rng;
 use std::collections::HashSet;
 
-/// Multiply-adds up to which each centre of k-means++ is the best of several draws over all rows.
+/// Multiply-adds up to which each centre of k-means++ is the best of several draws.
 const GREEDY_WORK: usize = 2_000_000_000;
 
-/// Rows per centre that seeding looks at beyond that.
+/// Rows per centre that seeding looks at, where each centre is the best of several draws and where it is not: with more
+/// of them seeding would take longer than Lloyd's iterations, and those would end no better.
+const GREEDY_ROWS: usize = 128;
 const SEED_ROWS: usize = 32;
 
-/// Centres are drawn in this many rounds beyond that: seeding then costs as much as one iteration on the same rows.
+/// Centres are drawn in this many rounds where they are not the best of several draws: seeding then costs as much as one
+/// iteration on the same rows.
 const ROUNDS: usize = 16;
 
-/// Rows whose weights are summed together; sums of blocks are added in order.
-const BLOCK: usize = 4096;
+/// Rows whose weights are summed together; sums of blocks are added in order. Short, because a draw looks through one.
+const BLOCK: usize = 512;
 
 /// k-means++ (Arthur and Vassilvitskii, 2007): each centre is a row drawn in proportion to its squared distance to the
 /// centres so far. Fewer than `count` centres come back only if the rows have fewer distinct values.
 ///
-/// Small problems use the greedy form of scikit-learn. Large ones look at a sub-sample and draw several centres a round,
-/// as k-means|| does (Bahmani et al., 2012).
+/// Small problems use the greedy form of scikit-learn. Large ones draw several centres a round, as k-means|| does
+/// (Bahmani et al., 2012). Both look at a sub-sample.
 pub(super) fn plus_plus(rows: &Rows, count: usize, rng: &mut Rng, ctx: &Context) -> Result<Vec<f32>> {
     let (n, width) = (rows.x.rows(), rows.x.width());
-    if n.saturating_mul(count).saturating_mul(width) <= GREEDY_WORK {
-        return greedy(rows, count, rng, ctx);
+    match n.min(count.saturating_mul(GREEDY_ROWS)).saturating_mul(count).saturating_mul(width) <= GREEDY_WORK {
+        true => from_sample(rows, count, GREEDY_ROWS, rng, ctx, greedy),
+        false => in_rounds(rows, count, rng, ctx),
     }
-    in_rounds(rows, count, rng, ctx)
+}
+
+/// Several centres a round.
+pub(super) fn in_rounds(rows: &Rows, count: usize, rng: &mut Rng, ctx: &Context) -> Result<Vec<f32>> {
+    from_sample(rows, count, SEED_ROWS, rng, ctx, |rows, count, rng, ctx| rounds(rows, count, Vec::new(), rng, ctx))
 }
 
 /// Seeding from a sub-sample; from all rows only if that has too few distinct ones.
-pub(super) fn in_rounds(rows: &Rows, count: usize, rng: &mut Rng, ctx: &Context) -> Result<Vec<f32>> {
-    let (n, width) = (rows.x.rows(), rows.x.width());
-    let batch = count.div_ceil(ROUNDS);
-    let sample = rng.sample(n, count.saturating_mul(SEED_ROWS));
-    let owned = rows.gather(&sample);
-    let centers = rounds(&owned.rows(), count, batch, Vec::new(), rng, ctx)?;
-    if centers.len() == count * width || sample.len() == n {
-        return Ok(centers);
+fn from_sample(
+    rows: &Rows,
+    count: usize,
+    rows_per_center: usize,
+    rng: &mut Rng,
+    ctx: &Context,
+    seed: impl Fn(&Rows, usize, &mut Rng, &Context) -> Result<Vec<f32>>,
+) -> Result<Vec<f32>> {
+    let size = count.saturating_mul(rows_per_center);
+    if rows.x.rows() <= size {
+        return seed(rows, count, rng, ctx);
     }
-    rounds(rows, count, batch, centers, rng, ctx)
+    let sample = rows.gather(&rng.sample(rows.x.rows(), size));
+    let centers = seed(&sample.rows(), count, rng, ctx)?;
+    filled_up(rows, count, centers, rng, ctx)
 }
 
+/// Each centre is the best of several draws.
 fn greedy(rows: &Rows, count: usize, rng: &mut Rng, ctx: &Context) -> Result<Vec<f32>> {
     let trials = 2 + (count as f64).ln() as usize;
+    let blocks = packed_blocks(rows, ctx)?;
     let mut seeding = Seeding::new(rows, ctx)?;
     seeding.add_first(rng)?;
     while seeding.len() < count && seeding.total() > 0.0 {
         let drawn: Vec<usize> = (0..trials).map(|_| seeding.draw(rng)).collect();
-        seeding.add_best(&drawn)?;
+        seeding.add_best(&drawn, &blocks)?;
     }
     Ok(seeding.centers)
 }
 
-/// Draws up to `batch` centres at a time after those that exist already.
-fn rounds(
-    rows: &Rows,
-    count: usize,
-    batch: usize,
-    centers: Vec<f32>,
-    rng: &mut Rng,
-    ctx: &Context,
-) -> Result<Vec<f32>> {
+/// All rows as the many sides of comparisons, [`BLOCK`] at a time: few candidates would not fill vectors.
+fn packed_blocks(rows: &Rows, ctx: &Context) -> Result<Vec<Centroids>> {
+    let (n, width) = (rows.x.rows(), rows.x.width());
+    let block = |number: usize| {
+        let range = number * BLOCK..n.min((number + 1) * BLOCK);
+        let values: Vec<f32> = range.flat_map(|row| rows.x.row(row)).copied().collect();
+        Ok(Centroids::new(&values, width))
+    };
+    ctx.map(n.div_ceil(BLOCK), block)
+}
+
+/// Draws several centres at a time after those that exist already.
+fn rounds(rows: &Rows, count: usize, centers: Vec<f32>, rng: &mut Rng, ctx: &Context) -> Result<Vec<f32>> {
+    let batch = count.div_ceil(ROUNDS);
     let mut seeding = Seeding::new(rows, ctx)?;
     if centers.is_empty() {
         seeding.add_first(rng)?;
@@ -128,7 +148,7 @@ pub(super) fn filled_up(
     if centers.len() == count * rows.x.width() {
         return Ok(centers);
     }
-    rounds(rows, count, count.div_ceil(ROUNDS), centers, rng, ctx)
+    rounds(rows, count, centers, rng, ctx)
 }
 
 /// Equal for equal rows; 0 and -0 are equal.
@@ -224,30 +244,34 @@ impl<'a> Seeding<'a> {
         Ok(())
     }
 
-    /// Adds the candidate that brings the rows nearest; the first of equals.
-    fn add_best(&mut self, candidates: &[usize]) -> Result<()> {
-        let (x, trials) = (self.rows.x, candidates.len());
+    /// Adds the candidate that brings the rows nearest; the first of equals. `blocks`: see [`packed_blocks`].
+    fn add_best(&mut self, candidates: &[usize], blocks: &[Centroids]) -> Result<()> {
+        let (x, n, trials) = (self.rows.x, self.far.len(), candidates.len());
         let values: Vec<f32> = candidates.iter().flat_map(|row| x.row(*row)).copied().collect();
-        let centroids = Centroids::new(&values, x.width());
-        let mut distances = vec![0.0; x.rows() * trials];
-        self.ctx.chunks(&mut distances, BLOCK * trials, |block, out| {
-            let first = block * BLOCK;
-            centroids.distances_block(x.block(first..first + out.len() / trials), out);
-            Ok(())
-        })?;
+        let candidate_rows = Columns::contiguous(&values, x.width());
         let block = |number: usize| {
-            let mut sums = vec![0.0; trials];
-            for row in number * BLOCK..x.rows().min((number + 1) * BLOCK) {
-                for (sum, distance) in sums.iter_mut().zip(&distances[row * trials..]) {
-                    *sum += self.rows.pull(row) * f64::from(distance.min(self.far[row]));
-                }
-            }
-            Ok(sums)
+            let first = number * BLOCK;
+            let far = &self.far[first..n.min(first + BLOCK)];
+            let mut distances = vec![0.0; far.len() * trials];
+            blocks[number].distances_block(candidate_rows, &mut distances);
+            let mass = |row: usize, distance: f32| self.rows.pull(first + row) * f64::from(distance.min(far[row]));
+            let potential = |distances: &[f32]| {
+                // Several running sums, because one would wait for each addition.
+                let mut sums = [0.0; 4];
+                distances.iter().enumerate().for_each(|(row, distance)| sums[row % 4] += mass(row, *distance));
+                sums.iter().sum::<f64>()
+            };
+            let potentials: Vec<f64> = distances.chunks_exact(far.len()).map(potential).collect();
+            Ok((distances, potentials))
         };
-        let sums = self.ctx.map(x.rows().div_ceil(BLOCK), block)?;
-        let potential = |trial: usize| sums.iter().map(|block| block[trial]).sum::<f64>();
+        let parts = self.ctx.map(blocks.len(), block)?;
+        let potential = |trial: usize| parts.iter().map(|part| part.1[trial]).sum::<f64>();
         let best = (0..trials).min_by(|a, b| potential(*a).total_cmp(&potential(*b))).unwrap_or(0);
-        self.lower(|row| distances[row * trials + best])?;
+        for (far, (distances, _)) in self.far.chunks_mut(BLOCK).zip(&parts) {
+            let nearer = &distances[best * far.len()..];
+            far.iter_mut().zip(nearer).for_each(|(far, distance)| *far = far.min(*distance));
+        }
+        self.sums = parts.iter().map(|part| part.1[best]).collect();
         self.centers.extend_from_slice(x.row(candidates[best]));
         Ok(())
     }

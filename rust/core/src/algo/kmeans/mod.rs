@@ -5,6 +5,7 @@
 
 mod lloyd;
 mod mini_batch;
+mod pruning;
 mod sums;
 
 use super::nearest::{squared_distance, Centroids, Columns};
