@@ -542,6 +542,14 @@ def test_refinement_never_raises_the_error():
     assert errors[-1] < 0.98 * errors[0]
 
 
+@pytest.mark.parametrize("factor", [2.0**-1000, 2.0**-170, 2.0**200, 2.0**1000])
+def test_refinement_takes_weights_of_any_magnitude(factor):
+    x, weights = normal(500, 8), np.random.default_rng(1).random(500)
+    parameters = {"n_stages": 3, "n_bits": 3}
+    codes = [_core.fit("residual", parameters, x, sample_weight=w)[1] for w in (weights, factor * weights)]
+    assert np.array_equal(*codes)
+
+
 def test_the_first_codes_are_a_coarser_code():
     """Codes of the first stages alone err more with each stage left out, and less than the mean row."""
     x = normal(1000, 8)

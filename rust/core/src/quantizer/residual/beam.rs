@@ -157,6 +157,9 @@ impl Stages {
 
     /// Extends rows' partial codes by one stage.
     fn extend(&self, rows: Matrix, beams: &mut Beams, beam: usize, ctx: &Context) -> Result<()> {
+        if beam == 1 {
+            return self.extend_greedily(rows, beams, ctx);
+        }
         let (stage, count) = (beams.stage, beams.count());
         let with_tables = self.tables_fit(self.len());
         let keep = beam.min(count * self.entries);
@@ -197,6 +200,23 @@ impl Stages {
             (kernels::best().extend)(&task, &mut scores[first * keep..last * keep], paths);
         }
         *beams = Beams { rows: beams.rows, stage: stage + 1, scores, paths };
+        Ok(())
+    }
+
+    /// [`Stages::extend`] for the best code alone: the nearest entry to what it leaves.
+    fn extend_greedily(&self, rows: Matrix, beams: &mut Beams, ctx: &Context) -> Result<()> {
+        ctx.check()?;
+        let stage = beams.stage;
+        let mut residual = vec![0f32; rows.data().len()];
+        for (row, residual) in residual.chunks_mut(self.dim).enumerate() {
+            self.subtract(rows.row(row), beams.best(row), residual);
+        }
+        let mut labels = vec![0u32; beams.rows];
+        self.packed[stage].nearest(Columns::contiguous(&residual, self.dim), &mut labels, None, &ctx.serial())?;
+        let extended =
+            |(row, label): (usize, &u32)| beams.best(row).iter().copied().chain([*label as u16]).collect::<Vec<_>>();
+        let paths = labels.iter().enumerate().flat_map(extended).collect();
+        *beams = Beams { stage: stage + 1, paths, scores: vec![0.0; beams.rows], ..*beams };
         Ok(())
     }
 
