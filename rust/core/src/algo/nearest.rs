@@ -6,7 +6,7 @@
 //! row and the centres alone: not on threads, instruction set or neighbours.
 
 use crate::error::Result;
-use crate::kernels::{self, Kernels, Panels, Products};
+use crate::kernels::{self, Coarse, Kernels, Panels, Products, Sifting};
 use crate::matrix::Matrix;
 use crate::pool::Context;
 use std::ops::Range;
@@ -100,6 +100,8 @@ pub struct Centroids {
     reach: f64,
     /// `[panel][column][centre]`, not moved; packed on first use.
     panels: OnceLock<Vec<f32>>,
+    /// Made on first use, where that pays.
+    rounded: OnceLock<Option<Rounded>>,
 }
 
 impl std::fmt::Debug for Centroids {
@@ -135,6 +137,7 @@ impl Centroids {
             half_norms,
             reach: norms.iter().fold(0.0, |a: f64, b| a.max(*b)).sqrt(),
             panels: OnceLock::new(),
+            rounded: OnceLock::new(),
         }
     }
 
@@ -233,7 +236,8 @@ impl Centroids {
     pub fn scores_block(&self, x: Columns, labels: &mut [u32], lowest: &mut [f32], second: &mut [f32]) {
         self.check(x, labels.len(), Some(lowest));
         self.check(x, labels.len(), Some(second));
-        let mut scratch = Scratch::new(self.width, true);
+        // Second scores are wanted whatever they are.
+        let mut scratch = Scratch { sift: false, ..Scratch::new(self.width, true) };
         for first in (0..x.rows()).step_by(scratch.rows) {
             let last = x.rows().min(first + scratch.rows);
             scratch.run(self, x.block(first..last));
@@ -306,11 +310,47 @@ impl Centroids {
         Products { width: self.width, x: x.data, stride: x.stride, rows: x.rows, centers: panels, count: self.count }
     }
 
+    /// The centres for [`Kernels::sift`], unless there are too few values for it to pay, or they are too large.
+    fn rounded(&self) -> Option<&Rounded> {
+        let make = || {
+            let moved = |j: usize, t: usize| self.centers[j * self.width + t] - self.shift[t];
+            let (block, pairs) = (self.kernels.block_centers, self.width.div_ceil(2));
+            let mut words = vec![0; self.half_norms.len() * pairs];
+            let mut most: f64 = 0.0;
+            for j in 0..self.count {
+                let mut lost = 0.0;
+                for t in 0..self.width {
+                    let value = moved(j, t);
+                    let normal = if value.is_normal() { half::bf16::from_f32(value) } else { half::bf16::ZERO };
+                    lost += (f64::from(value) - normal.to_f64()).powi(2);
+                    let word = &mut words[(j / block * pairs + t / 2) * block + j % block];
+                    *word |= u32::from(normal.to_bits()) << (t % 2 * 16);
+                }
+                most = most.max(lost);
+            }
+            // A little more, because float64 and float32 round too.
+            let above = |value: f64| (value * (1.0 + 1e-6)) as f32;
+            Rounded { pairs: words, reach: above(self.reach), error: above(most.sqrt()) }
+        };
+        let pays = self.kernels.sift.is_some() && self.count * self.width >= SIFTED && self.reach < 1e15;
+        self.rounded.get_or_init(|| pays.then(make)).as_ref()
+    }
+
     fn check(&self, x: Columns, labels: usize, distances: Option<&[f32]>) {
         assert_eq!(x.width, self.width, "columns of the rows and of the centres");
         assert!(labels == x.rows && distances.is_none_or(|d| d.len() == labels), "one label and distance a row");
     }
 }
+
+/// Centres in bfloat16: see [`Coarse`].
+struct Rounded {
+    pairs: Vec<u32>,
+    reach: f32,
+    error: f32,
+}
+
+/// Values of centres from which a first pass in bfloat16 pays.
+const SIFTED: usize = 100_000;
 
 /// Room for passes of the nearest kernel.
 struct Scratch {
@@ -320,6 +360,9 @@ struct Scratch {
     labels: Vec<u32>,
     best: Vec<f32>,
     second: Vec<f32>,
+    /// Whether a first pass in bfloat16 may be tried, and its room.
+    sift: bool,
+    sifting: Sifting,
 }
 
 impl Scratch {
@@ -332,6 +375,8 @@ impl Scratch {
             labels: vec![0; rows],
             best: vec![0.0; rows],
             second: vec![0.0; if second { rows } else { 0 }],
+            sift: true,
+            sifting: Sifting::default(),
         }
     }
 
@@ -358,7 +403,16 @@ impl Scratch {
             next_values: following(part + 1) - following(part),
         };
         let second = if self.second.is_empty() { 0 } else { padded };
-        (kernels.nearest)(&panels, &mut self.labels[..padded], &mut self.best[..padded], &mut self.second[..second]);
+        let (labels, best) = (&mut self.labels[..padded], &mut self.best[..padded]);
+        let second = &mut self.second[..second];
+        if let (true, Some(sift), Some(rounded)) = (self.sift, kernels.sift, centroids.rounded()) {
+            let coarse = Coarse { pairs: &rounded.pairs, reach: rounded.reach, error: rounded.error };
+            self.sift = sift(&panels, &coarse, &mut self.sifting, labels, best, second);
+            if self.sift {
+                return;
+            }
+        }
+        (kernels.nearest)(&panels, labels, best, second);
     }
 
     /// Labels and scores of up to `self.rows` rows.
@@ -552,6 +606,31 @@ mod tests {
                     centroids.nearest_block(x.block(row..row + 1), &mut label, None);
                     assert_eq!(label[0], expected[row]);
                 }
+            }
+        }
+    }
+
+    #[test]
+    fn a_first_pass_in_bfloat16_changes_nothing() {
+        // Enough centres for it; normal values, few values full of ties, repeated centres, a far offset, all sizes.
+        let (rows, width, count) = (150, 129, 800);
+        for (step, size) in [1.0f32, 1.0, 1.0, 1.0, 1e-38, 1e-22, 1e14, 1e18].into_iter().enumerate() {
+            let rng = &mut Rng::new(step as u64);
+            let (mut x, mut centers) = (normal(rng, rows * width), normal(rng, count * width));
+            match step {
+                1 => x.iter_mut().chain(&mut centers).for_each(|v| *v = v.round()),
+                2 => centers.copy_within(0..count / 2 * width, count / 2 * width),
+                3 => x.iter_mut().chain(&mut centers).for_each(|v| *v += 3000.0),
+                _ => x.iter_mut().chain(&mut centers).for_each(|v| *v *= size),
+            }
+            let x = Columns::contiguous(&x, width);
+            let mut expected: Option<[Vec<u32>; 2]> = None;
+            for table in kernels::available() {
+                let centroids = Centroids::with_kernels(table, &centers, width);
+                let mut got = [vec![0; rows], vec![0; rows]];
+                centroids.nearest_block(x, &mut got[0], None);
+                centroids.exact_block(x, &mut got[1], None);
+                assert_eq!(*expected.get_or_insert_with(|| got.clone()), got, "step {step} {}", table.name);
             }
         }
     }

@@ -21,6 +21,7 @@ static NEON: Kernels = Kernels {
     lookup_levels,
     pack: scalar::pack::<4>,
     nearest,
+    sift: None,
     dots,
     distances,
     extend,

@@ -266,6 +266,32 @@ pub struct Panels<'a> {
     pub next_values: usize,
 }
 
+/// Centres rounded to bfloat16, for [`Kernels::sift`].
+#[derive(Clone, Copy, Debug)]
+pub struct Coarse<'a> {
+    /// `[block][pair of columns][centre of the block]`: two numbers a word, the first in the low half. An odd last column
+    /// has a zero beside it. Numbers that are not normal are zero.
+    pub pairs: &'a [u32],
+    /// The largest norm of a centre, or more.
+    pub reach: f32,
+    /// The largest distance of a centre from the rounded one, or more.
+    pub error: f32,
+}
+
+/// Room for [`Kernels::sift`].
+#[derive(Clone, Debug, Default)]
+pub struct Sifting {
+    /// Rounded rows.
+    rows: Vec<u32>,
+    /// The lowest score of each block of centres, for each row.
+    minima: Vec<f32>,
+    /// Rows, and blocks that may have their nearest centre.
+    candidates: Vec<(u32, u32)>,
+}
+
+/// [`Kernels::sift`]: panels, rounded centres, room, then labels, lowest and second scores as in [`Kernels::nearest`].
+pub type Sift = fn(&Panels, &Coarse, &mut Sifting, &mut [u32], &mut [f32], &mut [f32]) -> bool;
+
 /// Row-major rows, and centres in panels of [`Kernels::panel_centers`].
 #[derive(Clone, Copy, Debug)]
 pub struct Products<'a> {
@@ -344,6 +370,11 @@ pub struct Kernels {
     /// `nearest(panels, labels, best, second)`: for each row the centre of the lowest score `half_norm - <x, c>` (the
     /// first of equals), its score, and, unless `second` is empty, the next lowest score. One entry a panel row each.
     pub nearest: fn(&Panels, &mut [u32], &mut [f32], &mut [f32]),
+    /// [`Kernels::nearest`] by way of bfloat16, where the CPU has that: faster where there are many values of centres.
+    /// Labels and lowest scores are the same. False: too many centres are nearly as near, and nothing was found. A second
+    /// score may be too high where it is above the lowest by more than 2^-21 ((width + 2) (r^2 / 2 + n r) + (n + r)^2),
+    /// with n the row's norm and r the largest norm of a centre.
+    pub sift: Option<Sift>,
     /// All scalar products, `out[row * count + centre]`.
     pub dots: fn(&Products, &mut [f32]),
     /// All squared distances, summed from differences, `out[row * count + centre]`.
@@ -451,7 +482,7 @@ pub fn forced_error() -> Option<String> {
 
 /// The preconditions of the kernels, checked once a call: with them no pointer of a fast path leaves its slice.
 mod check {
-    use super::{bits, BooksView, Extension, Grids, Ids, LevelsView, Panels, Products, Scales, BEAM_PADDING};
+    use super::{bits, BooksView, Coarse, Extension, Grids, Ids, LevelsView, Panels, Products, Scales, BEAM_PADDING};
 
     pub(super) fn books(view: &BooksView, ids: &Ids, out: &[f32]) {
         assert!(view.dim > 0 && (1..=bits::MAX_BITS).contains(&view.bits), "dim or bits of a books view");
@@ -499,6 +530,12 @@ mod check {
         assert!(panels.half_norms.len().is_multiple_of(block), "blocks of centres");
         assert_eq!(panels.half_norms.len(), panels.labels.len(), "labels of centres");
         assert!(best.len() == labels.len() && (second.is_empty() || second.len() == labels.len()), "scores");
+    }
+
+    #[cfg(target_arch = "x86_64")]
+    pub(super) fn coarse(panels: &Panels, coarse: &Coarse, block: usize) {
+        let blocks = panels.half_norms.len() / block;
+        assert_eq!(coarse.pairs.len(), blocks * panels.width.div_ceil(2) * block, "rounded centres");
     }
 
     pub(super) fn products(task: &Products, out: &[f32], panel: usize) {

@@ -15,6 +15,7 @@ pub(super) static KERNELS: Kernels = Kernels {
     lookup_levels,
     pack: pack::<PANEL_ROWS>,
     nearest,
+    sift: None,
     dots,
     distances,
     extend,

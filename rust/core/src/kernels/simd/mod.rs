@@ -19,7 +19,7 @@ mod vectors;
 pub(super) use beam::{extend, Pack};
 pub(super) use books::lookup_books;
 pub(super) use levels::lookup_levels;
-pub(super) use nearest::nearest;
+pub(super) use nearest::{nearest, Ahead};
 pub(super) use peak::fma_peak;
 pub(super) use products::products;
 pub(super) use vectors::{add, axpy, max_into, to_f16};

@@ -41,7 +41,7 @@ pub(in crate::kernels) unsafe fn nearest<
 
 /// Memory that is fetched a few lines at a time while other work goes on: all at once, the fetches would wait for each
 /// other, and the work for them.
-struct Ahead {
+pub(in crate::kernels) struct Ahead {
     next: *const f32,
     lines: usize,
     /// Lines at each call.
@@ -50,13 +50,13 @@ struct Ahead {
 
 impl Ahead {
     /// Spreads the fetches over `calls` calls.
-    fn new(panels: &Panels, calls: usize) -> Self {
+    pub(in crate::kernels) fn new(panels: &Panels, calls: usize) -> Self {
         let lines = panels.next_values.div_ceil(LINE);
         Ahead { next: panels.next, lines, share: lines.div_ceil(calls.max(1)) }
     }
 
     #[inline(always)]
-    fn fetch(&mut self) {
+    pub(in crate::kernels) fn fetch(&mut self) {
         let share = self.share.min(self.lines);
         for _ in 0..share {
             #[cfg(target_arch = "x86_64")]
@@ -112,7 +112,7 @@ impl<S: Simd> Lowest<S> {
         // SAFETY: the instruction set is the caller's.
         unsafe {
             if SECOND {
-                self.second = score.max(self.best).min(self.second);
+                self.second = self.best.max(score).min(self.second);
             }
             self.label = score.less(self.best, label, self.label);
             self.best = score.min(self.best);

@@ -1,6 +1,7 @@
 //! AVX2 and AVX-512: the vector operations, and the functions that switch them on for a whole loop.
 
 mod pack;
+mod sift;
 mod vectors;
 
 use super::scalar;
@@ -18,6 +19,9 @@ pub(super) fn available() -> Vec<&'static Kernels> {
         let wide = is_x86_feature_detected!("avx512bw") && is_x86_feature_detected!("avx512vl");
         if wide && is_x86_feature_detected!("avx512f") {
             all.push(&AVX512);
+            if is_x86_feature_detected!("avx512bf16") {
+                all.push(&AVX512_BF16);
+            }
         }
     }
     all
@@ -33,6 +37,7 @@ static AVX2: Kernels = Kernels {
     lookup_levels,
     pack: pack::<8>,
     nearest: avx2_nearest,
+    sift: None,
     dots: avx2_dots,
     distances: avx2_distances,
     extend: avx2_extend,
@@ -57,6 +62,7 @@ static AVX512: Kernels = Kernels {
     lookup_levels,
     pack: pack::<16>,
     nearest: avx512_nearest,
+    sift: None,
     dots: avx512_dots,
     distances: avx512_distances,
     extend: avx512_extend,
@@ -70,6 +76,9 @@ static AVX512: Kernels = Kernels {
     carries,
     fma_peak: avx512_fma_peak,
 };
+
+/// [`AVX512`], and products of bfloat16.
+static AVX512_BF16: Kernels = Kernels { name: "avx512bf16", sift: Some(sift::sift), ..AVX512 };
 
 /// A safe function around a body that is compiled for more features than the crate.
 macro_rules! shell {
