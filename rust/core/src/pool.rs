@@ -170,6 +170,15 @@ impl Context {
         self.install(|| out.par_chunks_mut(size).enumerate().try_for_each(run))
     }
 
+    /// `work(task)` for all tasks, in parallel and stopping early when cancelled.
+    pub fn each<T: Send>(&self, tasks: Vec<T>, work: impl Fn(T) -> Result<()> + Sync) -> Result<()> {
+        let run = |task: T| self.check().and_then(|()| work(task));
+        if tasks.len() <= 1 || self.threads() == 1 {
+            return tasks.into_iter().try_for_each(run);
+        }
+        self.install(|| tasks.into_par_iter().try_for_each(run))
+    }
+
     /// `work(0), ..., work(count - 1)` in parallel, results in order.
     pub fn map<T: Send>(&self, count: usize, work: impl Fn(usize) -> Result<T> + Sync) -> Result<Vec<T>> {
         let run = |index: usize| self.check().and_then(|()| work(index));

@@ -6,7 +6,7 @@
 use super::{take, Metric, Scorer};
 use crate::bits;
 use crate::error::{Error, Result};
-use crate::kernels::{self, Book, BooksView, Ids, Output, Values};
+use crate::kernels::{self, Bags, BooksView, Group, Output, Rows, Values};
 use crate::tensor::{Dtype, Tensor};
 use serde::{Deserialize, Serialize};
 
@@ -102,20 +102,20 @@ impl Books {
         let mut cover = vec![0u32; spec.dim];
         let mut kept = Vec::new();
         for (index, group) in spec.groups.iter().enumerate() {
-            if group.width == 0 || group.starts.is_empty() || group.entries > 1 << spec.bits {
-                return bad(
-                    format!("group {index}: {group:?}"),
-                    "books of at least one column and at most 2^bits entries",
-                );
+            let entries = 1..=1 << spec.bits;
+            if group.width == 0 || group.starts.is_empty() || !entries.contains(&group.entries) {
+                let found = format!("group {index}: {} books of {} entries", group.starts.len(), group.entries);
+                return bad(found, "books of at least one column and 1 to 2^bits entries");
             }
+            // The shape first: columns of a book are counted only where its values were sent along.
+            let shape = [group.starts.len(), 1 << spec.bits, group.width];
+            kept.push(take(tensors, &format!("codebooks.{index}"), Some(spec.dtype.dtype()), &shape)?.clone());
             for start in &group.starts {
                 match start.checked_add(group.width).filter(|end| *end <= spec.dim) {
                     Some(end) => cover[*start..end].iter_mut().for_each(|c| *c += 1),
                     None => return bad(format!("a book at column {start}"), "books inside the row"),
                 }
             }
-            let shape = [group.starts.len(), 1 << spec.bits, group.width];
-            kept.push(take(tensors, &format!("codebooks.{index}"), Some(spec.dtype.dtype()), &shape)?.clone());
         }
         if kept.is_empty() || kept.len() != tensors.len() {
             return bad(format!("{} groups for {} tensors", kept.len(), tensors.len()), "one tensor for each group");
@@ -183,30 +183,27 @@ impl Books {
         books
     }
 
-    pub(super) fn decode(&self, codes: &[u8], ids: Ids, out: Output) {
+    pub(super) fn decode(&self, rows: &Rows, out: Output) {
         let (kernels, view) = (kernels::best(), self.view());
-        kernels.write(self.dim(), out, |rows, out| (kernels.lookup_books)(&view, codes, ids.slice(rows), out));
+        kernels.write(self.dim(), out, |range, out| (kernels.lookup_books)(&view, &rows.part(range), out));
+    }
+
+    pub(super) fn pool(&self, bags: &Bags, out: &mut [f32]) {
+        (kernels::best().pool_books)(&self.view(), bags, out);
     }
 
     fn view(&self) -> BooksView<'_> {
-        let mut books = Vec::with_capacity(self.len());
-        for (group, tensor) in self.spec.groups.iter().zip(&self.tensors) {
-            let size = group.width << self.spec.bits;
-            for (index, start) in group.starts.iter().enumerate() {
-                let range = index * size..(index + 1) * size;
-                let entries = match tensor.dtype {
-                    Dtype::F16 => Values::F16(&tensor.halves()[range]),
-                    Dtype::Bf16 => Values::Bf16(&tensor.halves()[range]),
-                    _ => Values::F32(&tensor.floats()[range]),
-                };
-                // A full-width first book clears the row by being stored.
-                let store = self.tiled || (books.is_empty() && group.width == self.spec.dim);
-                books.push(Book { entries, start: *start, width: group.width, store });
-            }
+        fn view<'a>((group, tensor): (&'a GroupSpec, &'a Tensor)) -> Group<'a> {
+            let entries = match tensor.dtype {
+                Dtype::F16 => Values::F16(tensor.halves()),
+                Dtype::Bf16 => Values::Bf16(tensor.halves()),
+                _ => Values::F32(tensor.floats()),
+            };
+            Group { entries, width: group.width, starts: &group.starts }
         }
-        let zero_first = !self.tiled && !books.first().is_some_and(|b| b.store);
+        let groups = self.spec.groups.iter().zip(&self.tensors).map(view).collect();
         let (dim, bits, scale) = (self.spec.dim, self.spec.bits, self.spec.scale);
-        BooksView { dim, bits, row_bytes: self.row_bytes(), scale, zero_first, books }
+        BooksView { dim, bits, row_bytes: self.row_bytes(), scale, tiled: self.tiled, groups }
     }
 
     pub(super) fn scorer(&self, query: &[f32], metric: Metric) -> Option<Scorer> {

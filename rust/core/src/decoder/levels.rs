@@ -3,7 +3,7 @@
 use super::take;
 use crate::bits;
 use crate::error::{Error, Result};
-use crate::kernels::{self, Ids, Level, LevelsView, Output, Scales};
+use crate::kernels::{self, Bags, Level, LevelsView, Output, Rows, Scales};
 use crate::tensor::{Dtype, Tensor};
 use half::f16;
 use serde::{Deserialize, Serialize};
@@ -190,7 +190,16 @@ impl Levels {
         self.columns.iter().flat_map(|(scale, offset)| [scale.clone(), offset.clone()]).collect()
     }
 
-    pub(super) fn decode(&self, codes: &[u8], ids: Ids, out: Output) {
+    pub(super) fn decode(&self, rows: &Rows, out: Output) {
+        let (kernels, view) = (kernels::best(), self.view());
+        kernels.write(self.dim(), out, |range, out| (kernels.lookup_levels)(&view, &rows.part(range), out));
+    }
+
+    pub(super) fn pool(&self, bags: &Bags, out: &mut [f32]) {
+        (kernels::best().pool_levels)(&self.view(), bags, out);
+    }
+
+    fn view(&self) -> LevelsView<'_> {
         let spec = &self.spec;
         let scales = match (&self.columns, spec.shared()) {
             (Some((scale, offset)), _) => Scales::Columns { scale: scale.floats(), offset: offset.floats() },
@@ -202,9 +211,7 @@ impl Levels {
                 offset_factor: spec.offset_factor,
             },
         };
-        let view = LevelsView { dim: spec.dim, row_bytes: self.row_bytes(), level: spec.dtype.level(), scales };
-        let kernels = kernels::best();
-        kernels.write(self.dim(), out, |rows, out| (kernels.lookup_levels)(&view, codes, ids.slice(rows), out));
+        LevelsView { dim: spec.dim, row_bytes: self.row_bytes(), level: spec.dtype.level(), scales }
     }
 
     pub(super) fn bad_row(&self, codes: &[u8]) -> Option<usize> {

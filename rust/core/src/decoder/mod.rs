@@ -10,7 +10,7 @@ pub use books::{Books, CodebookDtype, GroupSpec};
 pub use levels::{Granularity, Levels, LevelsSpec, Number};
 
 use crate::error::{Error, Result};
-use crate::kernels::{Ids, Output};
+use crate::kernels::{Bags, Ids, Output, Rows};
 use crate::tensor::Tensor;
 use serde_json::{Map, Value};
 
@@ -87,9 +87,22 @@ impl Decoder {
 
     /// Decodes the rows `ids` of `codes` into `out`, on the calling thread. Ids must be inside the codes.
     pub fn decode<'a>(&self, codes: &[u8], ids: Ids, out: impl Into<Output<'a>>) {
+        self.decode_rows(&Rows { codes, ids, range: 0..ids.len(), stream: false }, out.into());
+    }
+
+    /// Decodes some rows of a call into `out`, on the calling thread. Ids must be inside the codes.
+    pub fn decode_rows(&self, rows: &Rows, out: Output) {
         match self {
-            Decoder::Books(books) => books.decode(codes, ids, out.into()),
-            Decoder::Levels(levels) => levels.decode(codes, ids, out.into()),
+            Decoder::Books(books) => books.decode(rows, out),
+            Decoder::Levels(levels) => levels.decode(rows, out),
+        }
+    }
+
+    /// Combines decoded rows, a row of `out` for each bag, on the calling thread. Ids must be inside the codes.
+    pub fn pool(&self, bags: &Bags, out: &mut [f32]) {
+        match self {
+            Decoder::Books(books) => books.pool(bags, out),
+            Decoder::Levels(levels) => levels.pool(bags, out),
         }
     }
 

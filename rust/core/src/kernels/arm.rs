@@ -2,8 +2,8 @@
 //! to be switched on.
 
 use super::scalar;
-use super::simd::{self, Pack, Simd, Widen};
-use super::{BooksView, Extension, Ids, Kernels, LevelsView, Panels, Products};
+use super::simd::{self, Pack, Simd, Task, Widen};
+use super::{Bags, BooksView, Extension, Kernels, LevelsView, Panels, Products, Rows};
 use std::arch::aarch64::*;
 
 /// The tables that this CPU can run.
@@ -19,6 +19,8 @@ static NEON: Kernels = Kernels {
     panel_centers: 16,
     lookup_books,
     lookup_levels,
+    pool_books,
+    pool_levels,
     pack: scalar::pack::<4>,
     nearest,
     sift: None,
@@ -31,7 +33,7 @@ static NEON: Kernels = Kernels {
     add,
     max_into,
     to_f16,
-    to_bf16: scalar::to_bf16,
+    to_bf16,
     carries: scalar::carries,
     fma_peak,
 };
@@ -45,8 +47,10 @@ macro_rules! shell {
     };
 }
 
-shell!(fn lookup_books(view: &BooksView, codes: &[u8], ids: Ids, out: &mut [f32]) = simd::lookup_books::<Four>);
-shell!(fn lookup_levels(view: &LevelsView, codes: &[u8], ids: Ids, out: &mut [f32]) = simd::lookup_levels::<Four>);
+shell!(fn lookup_books(view: &BooksView, rows: &Rows, out: &mut [f32]) = simd::lookup_books::<Four>);
+shell!(fn lookup_levels(view: &LevelsView, rows: &Rows, out: &mut [f32]) = simd::lookup_levels::<Four>);
+shell!(fn pool_books(view: &BooksView, bags: &Bags, out: &mut [f32]) = simd::pool_books::<Four>);
+shell!(fn pool_levels(view: &LevelsView, bags: &Bags, out: &mut [f32]) = simd::pool_levels::<Four>);
 shell!(fn nearest(task: &Panels, labels: &mut [u32], best: &mut [f32], second: &mut [f32])
     = simd::nearest::<Four, 4, 6, 4, 2>);
 shell!(fn dots(task: &Products, out: &mut [f32]) = simd::products::<Four, 4, 6, false>);
@@ -57,6 +61,7 @@ shell!(fn add(out: &mut [f32], x: &[f32]) = simd::add::<Four>);
 shell!(fn max_into(out: &mut [f32], x: &[f32]) = simd::max_into::<Four>);
 shell!(fn fma_peak(rounds: usize) -> f32 = simd::fma_peak::<Four, 24>);
 shell!(fn to_f16(x: &[f32], out: &mut [u16]) = simd::to_f16::<Four>);
+shell!(fn to_bf16(x: &[f32], out: &mut [u16]) = simd::to_bf16::<Four>);
 
 /// Four numbers in a NEON register.
 #[derive(Clone, Copy)]
@@ -126,6 +131,7 @@ impl Simd for Four {
 }
 
 impl Widen for Four {
+    type Half = Four;
     operations! {
         fn load_f16(from: *const u16) -> Self = {
             let halves = from.cast::<[half::f16; 4]>().read_unaligned();
@@ -155,9 +161,30 @@ impl Widen for Four {
         }
     }
     #[inline(always)]
+    unsafe fn store_bf16(self, to: *mut u16) {
+        let mut values = [0.0; 4];
+        // SAFETY: the array holds a vector; the caller has room for one.
+        unsafe {
+            self.store(values.as_mut_ptr());
+            to.cast::<[half::bf16; 4]>().write_unaligned(values.map(half::bf16::from_f32));
+        }
+    }
+    #[inline(always)]
     unsafe fn one_f16(bits: u16) -> f32 {
         half::f16::from_bits(bits).to_f32()
     }
+    #[inline(always)]
+    unsafe fn stream(self, to: *mut f32) {
+        // SAFETY: passed on to the caller.
+        unsafe { self.store(to) }
+    }
+    #[inline(always)]
+    unsafe fn enter(task: impl Task) {
+        // SAFETY: passed on to the caller.
+        unsafe { task.run() }
+    }
+    #[inline(always)]
+    fn fence() {}
     #[inline(always)]
     fn prefetch(_: *const u8) {}
 }

@@ -132,6 +132,38 @@ impl Output<'_> {
         self.len() == 0
     }
 
+    /// How many bytes.
+    pub fn bytes(&self) -> usize {
+        match self {
+            Output::F32(values) => size_of_val(*values),
+            Output::F16(values) | Output::Bf16(values) => size_of_val(*values),
+        }
+    }
+
+    /// Ranges of rows of `dim` values, one after the other, each with its values.
+    pub fn split(self, ranges: impl Iterator<Item = Range<usize>>, dim: usize) -> Vec<(Range<usize>, Self)> {
+        let mut rest = self;
+        let part = |range: Range<usize>| {
+            let (part, after) = match std::mem::replace(&mut rest, Output::F32(&mut [])) {
+                Output::F32(values) => {
+                    let (part, after) = values.split_at_mut(range.len() * dim);
+                    (Output::F32(part), Output::F32(after))
+                }
+                Output::F16(values) => {
+                    let (part, after) = values.split_at_mut(range.len() * dim);
+                    (Output::F16(part), Output::F16(after))
+                }
+                Output::Bf16(values) => {
+                    let (part, after) = values.split_at_mut(range.len() * dim);
+                    (Output::Bf16(part), Output::Bf16(after))
+                }
+            };
+            rest = after;
+            (range, part)
+        };
+        ranges.map(part).collect()
+    }
+
     /// The values at a range of positions.
     pub fn slice(&mut self, range: Range<usize>) -> Output<'_> {
         match self {
@@ -142,20 +174,18 @@ impl Output<'_> {
     }
 }
 
-/// One codebook: 2^bits entries of `width` values.
+/// Codebooks of one shape: each has 2^bits entries of `width` values.
 #[derive(Clone, Copy, Debug)]
-pub struct Book<'a> {
-    /// Entries, one after the other.
+pub struct Group<'a> {
+    /// The entries of all books, one book after the other.
     pub entries: Values<'a>,
-    /// First column that the entries stand for.
-    pub start: usize,
     /// Values in an entry.
     pub width: usize,
-    /// Overwrite those columns instead of adding to them.
-    pub store: bool,
+    /// For each book the first column that its entries stand for.
+    pub starts: &'a [usize],
 }
 
-/// Rows that are sums or joins of codebook entries.
+/// Rows that are sums or joins of codebook entries. Code `m` of a row picks from book `m`, in the order of the groups.
 #[derive(Clone, Debug)]
 pub struct BooksView<'a> {
     /// Values in a row.
@@ -166,10 +196,59 @@ pub struct BooksView<'a> {
     pub row_bytes: usize,
     /// A power of two; entries are multiplied by it.
     pub scale: f32,
-    /// Clear the row before the first book.
-    pub zero_first: bool,
-    /// The books in the order in which they are added; code `m` of a row picks from book `m`.
-    pub books: Vec<Book<'a>>,
+    /// Each column belongs to one book: entries are stored. Else they are added, in order; a first book over all columns
+    /// is still stored, and without one rows start as zeros.
+    pub tiled: bool,
+    /// The books.
+    pub groups: Vec<Group<'a>>,
+}
+
+impl BooksView<'_> {
+    /// Number of books.
+    fn books(&self) -> usize {
+        self.groups.iter().map(|group| group.starts.len()).sum()
+    }
+
+    /// The first book is over all columns, or rows are tiled: nothing has to be cleared.
+    fn stores_first(&self) -> bool {
+        self.tiled || self.groups.first().is_some_and(|group| group.width == self.dim)
+    }
+}
+
+/// Which rows of a table's codes a call reads.
+#[derive(Clone, Debug)]
+pub struct Rows<'a> {
+    /// All codes.
+    pub codes: &'a [u8],
+    /// All ids of the call: rows of the ids that follow `range` are fetched ahead.
+    pub ids: Ids<'a>,
+    /// Positions of the ids that are read now.
+    pub range: Range<usize>,
+    /// The call's output is too large to be in the caches later: write past them.
+    pub stream: bool,
+}
+
+impl Rows<'_> {
+    /// The rows at a part of `range`, counted from its start.
+    pub fn part(&self, part: Range<usize>) -> Self {
+        Rows { range: self.range.start + part.start..self.range.start + part.end, ..*self }
+    }
+}
+
+/// Bags of rows that are combined: sums start at zero and grow by `fma(weight, row, sum)` (weight 1 if there are none), a
+/// maximum starts as the first row and takes larger values. No division: that is the caller's.
+#[derive(Clone, Debug)]
+pub struct Bags<'a> {
+    /// Codes and ids; `range` is that of all bags here.
+    pub rows: Rows<'a>,
+    /// Where each bag starts, and where the last one ends: positions of ids.
+    pub borders: &'a [i64],
+    /// One weight an id.
+    pub weights: Option<&'a [f32]>,
+    /// The largest value instead of the sum.
+    pub max: bool,
+    /// Go on from what the output holds: the bag's earlier part.
+    pub resume: bool,
 }
 
 /// How one value of a row is written.
@@ -360,10 +439,14 @@ pub struct Kernels {
     pub block_centers: usize,
     /// Centres in a panel of `dots` and `distances`.
     pub panel_centers: usize,
-    /// Decodes the rows `ids` of `codes` into `out`, `ids.len()` rows of `dim` values.
-    pub lookup_books: fn(&BooksView, &[u8], Ids, &mut [f32]),
-    /// Decodes the rows `ids` of `codes` into `out`, `ids.len()` rows of `dim` values.
-    pub lookup_levels: fn(&LevelsView, &[u8], Ids, &mut [f32]),
+    /// Decodes rows into `out`, `rows.range.len()` rows of `dim` values.
+    pub lookup_books: fn(&BooksView, &Rows, &mut [f32]),
+    /// Decodes rows into `out`, `rows.range.len()` rows of `dim` values.
+    pub lookup_levels: fn(&LevelsView, &Rows, &mut [f32]),
+    /// Combines decoded rows, a row of `dim` values of `out` for each bag.
+    pub pool_books: fn(&BooksView, &Bags, &mut [f32]),
+    /// Combines decoded rows, a row of `dim` values of `out` for each bag.
+    pub pool_levels: fn(&LevelsView, &Bags, &mut [f32]),
     /// `pack(x, stride, rows, shift, out)`: transposes row-major rows less `shift` into panels; rows that only fill the
     /// last panel become zero. `out` holds whole panels of `shift.len()` columns.
     pub pack: fn(&[f32], usize, usize, &[f32], &mut [f32]),
@@ -405,8 +488,9 @@ pub struct Kernels {
     pub fma_peak: fn(usize) -> f32,
 }
 
-/// Values that are decoded before they are rounded to a narrower type: they stay in the first-level cache.
-const ROUNDED: usize = 2048;
+/// Values that are decoded before they are rounded to a narrower type: enough rows to fetch ahead, few enough for the
+/// first caches.
+const ROUNDED: usize = 8192;
 
 impl Kernels {
     /// Fills rows of `dim` values of any type; `decode(rows, out)` makes a range of them in single precision.
@@ -482,21 +566,55 @@ pub fn forced_error() -> Option<String> {
 
 /// The preconditions of the kernels, checked once a call: with them no pointer of a fast path leaves its slice.
 mod check {
-    use super::{bits, BooksView, Coarse, Extension, Grids, Ids, LevelsView, Panels, Products, Scales, BEAM_PADDING};
+    use super::{bits, Bags, BooksView, Coarse, Extension, Grids, LevelsView, Panels, Products, Rows, Scales, BEAM_PADDING};
 
-    pub(super) fn books(view: &BooksView, ids: &Ids, out: &[f32]) {
+    fn output(rows: &Rows, dim: usize, row_bytes: usize, out: &[f32]) {
+        assert!(dim > 0 && row_bytes > 0 && rows.range.start <= rows.range.end, "dim, row_bytes or range of rows");
+        assert!(rows.range.end <= rows.ids.len(), "positions of ids");
+        assert_eq!(Some(out.len()), rows.range.len().checked_mul(dim), "output of a lookup");
+    }
+
+    fn bags(bags: &Bags, dim: usize, out: &[f32]) {
+        let fine = bags.borders.windows(2).all(|pair| pair[0] <= pair[1]);
+        let ends = bags.borders.first().zip(bags.borders.last()).map(|(first, last)| *first as usize..*last as usize);
+        assert!(fine && ends.as_ref() == Some(&bags.rows.range), "borders of bags");
+        assert!(bags.rows.range.end <= bags.rows.ids.len(), "positions of ids");
+        assert!(bags.weights.is_none_or(|weights| weights.len() == bags.rows.ids.len()), "weights of bags");
+        assert_eq!(Some(out.len()), (bags.borders.len() - 1).checked_mul(dim), "output of bags");
+    }
+
+    fn books_view(view: &BooksView) {
         assert!(view.dim > 0 && (1..=bits::MAX_BITS).contains(&view.bits), "dim or bits of a books view");
-        assert_eq!(Some(out.len()), ids.len().checked_mul(view.dim), "output of a lookup");
-        assert!(view.row_bytes >= bits::row_bytes(view.books.len(), view.bits), "row_bytes of a books view");
-        for book in &view.books {
-            assert!(book.start <= view.dim && book.width <= view.dim - book.start, "columns of a book");
-            assert_eq!(book.entries.len(), book.width << view.bits, "entries of a book");
+        assert!(view.row_bytes >= bits::row_bytes(view.books().max(1), view.bits), "row_bytes of a books view");
+        for group in &view.groups {
+            let last = group.starts.iter().fold(0, |last, start| last.max(*start));
+            assert!(group.width > 0 && last <= view.dim && group.width <= view.dim - last, "columns of a book");
+            assert_eq!(group.entries.len(), (group.width << view.bits) * group.starts.len(), "entries of a book");
         }
     }
 
-    pub(super) fn levels(view: &LevelsView, ids: &Ids, out: &[f32]) {
-        assert!(view.dim > 0, "dim of a levels view");
-        assert_eq!(Some(out.len()), ids.len().checked_mul(view.dim), "output of a lookup");
+    pub(super) fn books(view: &BooksView, rows: &Rows, out: &[f32]) {
+        books_view(view);
+        output(rows, view.dim, view.row_bytes, out);
+    }
+
+    pub(super) fn pool_books(view: &BooksView, task: &Bags, out: &[f32]) {
+        books_view(view);
+        bags(task, view.dim, out);
+    }
+
+    pub(super) fn levels(view: &LevelsView, rows: &Rows, out: &[f32]) {
+        levels_view(view);
+        output(rows, view.dim, view.row_bytes, out);
+    }
+
+    pub(super) fn pool_levels(view: &LevelsView, task: &Bags, out: &[f32]) {
+        levels_view(view);
+        bags(task, view.dim, out);
+    }
+
+    fn levels_view(view: &LevelsView) {
+        assert!(view.dim > 0 && view.row_bytes > 0, "dim or row_bytes of a levels view");
         let pairs = match view.scales {
             Scales::None => 0,
             Scales::Columns { scale, offset } => {

@@ -1,7 +1,7 @@
 //! The meaning of every kernel: one plain loop each.
 
 use super::{
-    check, BooksView, Extension, Grids, Ids, Kernels, Level, LevelsView, Panels, Products, Scales, Values, PEAK_FMAS,
+    check, Bags, BooksView, Extension, Grids, Kernels, Level, LevelsView, Panels, Products, Rows, Scales, Values, PEAK_FMAS,
 };
 use crate::bits;
 use half::{bf16, f16};
@@ -13,6 +13,8 @@ pub(super) static KERNELS: Kernels = Kernels {
     panel_centers: PANEL_CENTERS,
     lookup_books,
     lookup_levels,
+    pool_books,
+    pool_levels,
     pack: pack::<PANEL_ROWS>,
     nearest,
     sift: None,
@@ -45,18 +47,62 @@ fn value(values: Values, index: usize) -> f32 {
     }
 }
 
-pub(super) fn lookup_books(view: &BooksView, codes: &[u8], ids: Ids, out: &mut [f32]) {
-    check::books(view, &ids, out);
-    for (position, out) in out.chunks_exact_mut(view.dim).enumerate() {
-        let code = &codes[ids.get(position) * view.row_bytes..][..view.row_bytes];
-        if view.zero_first {
+pub(super) fn lookup_books(view: &BooksView, rows: &Rows, out: &mut [f32]) {
+    check::books(view, rows, out);
+    for (position, out) in rows.range.clone().zip(out.chunks_exact_mut(view.dim)) {
+        let code = &rows.codes[rows.ids.get(position) * view.row_bytes..][..view.row_bytes];
+        if !view.stores_first() {
             out.fill(0.0);
         }
-        for (m, book) in view.books.iter().enumerate() {
-            let first = bits::get(code, view.bits, m) as usize * book.width;
-            for (t, out) in out[book.start..][..book.width].iter_mut().enumerate() {
-                let entry = value(book.entries, first + t);
-                *out = if book.store { entry * view.scale } else { entry.mul_add(view.scale, *out) };
+        let mut m = 0;
+        for group in &view.groups {
+            for (book, start) in group.starts.iter().enumerate() {
+                let entry = (book << view.bits) + bits::get(code, view.bits, m) as usize;
+                let store = view.tiled || (m == 0 && group.width == view.dim);
+                for (t, out) in out[*start..][..group.width].iter_mut().enumerate() {
+                    let value = value(group.entries, entry * group.width + t);
+                    *out = if store { value * view.scale } else { value.mul_add(view.scale, *out) };
+                }
+                m += 1;
+            }
+        }
+    }
+}
+
+fn pool_books(view: &BooksView, bags: &Bags, out: &mut [f32]) {
+    check::pool_books(view, bags, out);
+    pool(bags, view.dim, out, |rows, out| lookup_books(view, rows, out));
+}
+
+fn pool_levels(view: &LevelsView, bags: &Bags, out: &mut [f32]) {
+    check::pool_levels(view, bags, out);
+    pool(bags, view.dim, out, |rows, out| lookup_levels(view, rows, out));
+}
+
+/// Combines rows that `lookup` decodes, some at a time so that they stay in the first-level cache.
+#[inline(always)]
+pub(super) fn pool(bags: &Bags, dim: usize, out: &mut [f32], lookup: impl Fn(&Rows, &mut [f32])) {
+    const PART: usize = 16;
+    let mut part = vec![0.0; PART.min(bags.rows.range.len()) * dim];
+    for (borders, out) in bags.borders.windows(2).zip(out.chunks_exact_mut(dim)) {
+        let bag = borders[0] as usize..borders[1] as usize;
+        if !bags.resume {
+            out.fill(0.0);
+        }
+        for start in bag.clone().step_by(PART) {
+            let range = start..bag.end.min(start + PART);
+            let part = &mut part[..range.len() * dim];
+            lookup(&Rows { range: range.clone(), stream: false, ..bags.rows }, part);
+            for (position, row) in range.zip(part.chunks_exact(dim)) {
+                let first = position == bag.start && !bags.resume;
+                for (out, value) in out.iter_mut().zip(row) {
+                    *out = match bags.weights {
+                        _ if bags.max && (first || *value > *out) => *value,
+                        _ if bags.max => *out,
+                        Some(weights) => weights[position].mul_add(*value, *out),
+                        None => *out + *value,
+                    };
+                }
             }
         }
     }
@@ -86,10 +132,10 @@ pub(super) fn pair_at(view: &LevelsView, pairs: &[u8], index: usize) -> (f32, f3
     }
 }
 
-pub(super) fn lookup_levels(view: &LevelsView, codes: &[u8], ids: Ids, out: &mut [f32]) {
-    check::levels(view, &ids, out);
-    for (position, out) in out.chunks_exact_mut(view.dim).enumerate() {
-        let code = &codes[ids.get(position) * view.row_bytes..][..view.row_bytes];
+pub(super) fn lookup_levels(view: &LevelsView, rows: &Rows, out: &mut [f32]) {
+    check::levels(view, rows, out);
+    for (position, out) in rows.range.clone().zip(out.chunks_exact_mut(view.dim)) {
+        let code = &rows.codes[rows.ids.get(position) * view.row_bytes..][..view.row_bytes];
         for (t, out) in out.iter_mut().enumerate() {
             let level = level_at(view.level, code, t);
             *out = match view.scales {
@@ -253,7 +299,6 @@ pub(super) fn to_f16(x: &[f32], out: &mut [u16]) {
     }
 }
 
-#[inline(always)]
 pub(super) fn to_bf16(x: &[f32], out: &mut [u16]) {
     check::pair(out, x);
     for (out, x) in out.iter_mut().zip(x) {

@@ -52,61 +52,121 @@ impl Stored {
     }
 }
 
-/// `(start, width)` of the books and the row's width: parts side by side, full rows, or anything.
-fn places(layout: usize, books: usize, width: usize, rng: &mut Rng) -> (Vec<(usize, usize)>, usize) {
+/// `(width, starts)` of the groups and the row's width: parts side by side of one or two widths, full rows, or anything.
+fn places(layout: usize, books: usize, width: usize, rng: &mut Rng) -> (Vec<(usize, Vec<usize>)>, usize) {
+    let beside = |from: usize, width: usize| (width, (0..books).map(|m| from + m * width).collect::<Vec<_>>());
     match layout {
-        0 => ((0..books).map(|m| (m * width, width)).collect(), books * width),
-        1 => (vec![(0, width); books], width),
+        0 => (vec![beside(0, width)], books * width),
+        1 => (vec![beside(0, width + 1), beside(books * (width + 1), width)], books * (2 * width + 1)),
+        2 => (vec![(width, vec![0; books])], width),
         _ => {
             let dim = width + 3;
-            let place = |rng: &mut Rng| {
-                let start = rng.below(dim);
-                (start, rng.below(dim - start + 1))
+            let group = |rng: &mut Rng| {
+                let width = 1 + rng.below(width);
+                (width, (0..books).map(|_| rng.below(dim - width + 1)).collect())
             };
-            ((0..books).map(|_| place(rng)).collect(), dim)
+            (vec![group(rng), group(rng)], dim)
         }
     }
+}
+
+/// Ids with their borders of bags: some empty, some long.
+fn bags(n: usize, rng: &mut Rng) -> Vec<i64> {
+    let mut borders: Vec<i64> = (0..rng.below(8)).map(|_| rng.below(n + 1) as i64).chain([0, n as i64]).collect();
+    borders.sort();
+    borders
+}
+
+/// Lookups and pools of all paths, with ids of all types, from memory that is aligned or not.
+fn lookups(
+    codes: &[u8],
+    rows: usize,
+    dim: usize,
+    n: usize,
+    rng: &mut Rng,
+    lookup: impl Fn(&Kernels, &Rows, &mut [f32]),
+    pool: impl Fn(&Kernels, &Bags, &mut [f32]),
+) -> Result<(), TestCaseError> {
+    let wide: Vec<i64> = (0..n).map(|_| rng.below(rows) as i64).collect();
+    let narrow: Vec<i32> = wide.iter().map(|id| *id as i32).collect();
+    let (before, weights, borders) = (floats(rng, n * dim), floats(rng, n), bags(n, rng));
+    let start = rng.below(n + 1);
+    let task = |ids, range: Range<usize>, stream| Rows { codes, ids, range, stream };
+    let mut expected = before.clone();
+    lookup(&scalar::KERNELS, &task(Ids::I64(&wide), 0..n, false), &mut expected);
+    // NaN has many patterns; numbers that are not finite do not occur in tables.
+    prop_assume!(expected.iter().all(|v| v.is_finite()));
+    for kernels in available() {
+        for (ids, stream) in [(Ids::I64(&wide), false), (Ids::I32(&narrow), true)] {
+            for shift in [0, 1] {
+                let mut out = vec![f32::NAN; n * dim + 16];
+                let aligned = out.as_ptr().align_offset(64) + shift;
+                let out = &mut out[aligned.min(16)..][..n * dim];
+                out.copy_from_slice(&before);
+                lookup(kernels, &task(ids, start..n, stream), &mut out[start * dim..]);
+                lookup(kernels, &task(ids, 0..start, stream), &mut out[..start * dim]);
+                same(out, &expected)?;
+            }
+        }
+        for (weights, max) in [(None, false), (Some(&weights[..]), false), (None, true)] {
+            for resume in [false, true] {
+                let rows = task(Ids::I64(&wide), 0..n, false);
+                let bags = Bags { rows, borders: &borders, weights, max, resume };
+                let start = &floats(&mut Rng::new(1), (borders.len() - 1) * dim);
+                let (mut one, mut all) = (start.clone(), start.clone());
+                pool(&scalar::KERNELS, &bags, &mut one);
+                pool(kernels, &bags, &mut all);
+                same(&all, &one)?;
+                if let (false, Some([from, to])) = (resume, borders.windows(2).find(|bag| bag[0] < bag[1])) {
+                    // What a pool is, said with the rows of a lookup.
+                    let bag = borders.iter().position(|border| border == from).unwrap_or(0);
+                    let bag = bag + borders[bag..].iter().take_while(|border| *border == from).count() - 1;
+                    for t in 0..dim {
+                        let row = |i: i64| expected[i as usize * dim + t];
+                        let weight = |i: i64| weights.map_or(1.0, |weights| weights[i as usize]);
+                        let value = match max {
+                            true => (*from..*to).map(row).reduce(|a, b| if b > a { b } else { a }),
+                            false => {
+                                (*from..*to).fold(Some(0.0), |sum, i| sum.map(|sum| row(i).mul_add(weight(i), sum)))
+                            }
+                        };
+                        prop_assert_eq!(value.map(f32::to_bits), Some(all[bag * dim + t].to_bits()));
+                    }
+                }
+            }
+        }
+    }
+    Ok(())
 }
 
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(if cfg!(miri) { 2 } else { 600 }))]
 
     #[test]
-    fn books(seed: u64, layout in 0usize..3, kind in 0usize..4, count in 1usize..10, width in 1usize..70,
-             bits in prop::sample::select(vec![1u32, 3, 4, 7, 8, 9, 12]), spare in 0usize..3, n in 0usize..70) {
+    fn books(seed: u64, layout in 0usize..4, kind in 0usize..3, count in 1usize..10, width in 1usize..40,
+             power: bool, bits in prop::sample::select(vec![1u32, 3, 4, 7, 8, 9, 12]), spare in 0usize..3, n in 0usize..70) {
         let rng = &mut Rng::new(seed);
+        let width = if power { width.next_power_of_two() } else { width };
         let (places, dim) = places(layout, count, width, rng);
-        let kinds: Vec<usize> = places.iter().map(|_| if kind == 3 { rng.below(3) } else { kind }).collect();
-        let stored: Vec<Stored> = places.iter().zip(&kinds)
-            .map(|((_, width), kind)| Stored::new(*kind, &floats(rng, width << bits))).collect();
-        let zero_first = rng.below(2) == 0;
-        let books = stored.iter().zip(&places).enumerate().map(|(m, (entries, (start, width)))| {
-            let store = match layout { 0 => true, 1 => m == 0 && !zero_first, _ => rng.below(2) == 0 };
-            Book { entries: entries.view(), start: *start, width: *width, store }
-        }).collect();
-        let row_bytes = bits::row_bytes(count, bits) + spare;
+        let stored: Vec<Stored> = places.iter()
+            .map(|(width, starts)| Stored::new(kind, &floats(rng, (width * starts.len()) << bits))).collect();
+        let groups: Vec<Group> = stored.iter().zip(&places)
+            .map(|(entries, (width, starts))| Group { entries: entries.view(), width: *width, starts }).collect();
+        let books = groups.iter().map(|group| group.starts.len()).sum();
+        let row_bytes = bits::row_bytes(books, bits) + spare;
         let scale = [1.0, 0.25, 8.0][rng.below(3)];
-        let view = BooksView { dim, bits, row_bytes, scale, zero_first, books };
+        let view = BooksView { dim, bits, row_bytes, scale, tiled: layout < 2, groups };
         let rows = 50;
         let codes: Vec<u8> = (0..rows * row_bytes).map(|_| rng.next_u64() as u8).collect();
-        let wide: Vec<i64> = (0..n).map(|_| rng.below(rows) as i64).collect();
-        let narrow: Vec<i32> = wide.iter().map(|id| *id as i32).collect();
-        let before = floats(rng, n * dim);
-        let mut expected = before.clone();
-        (scalar::KERNELS.lookup_books)(&view, &codes, Ids::I64(&wide), &mut expected);
-        for kernels in available() {
-            for ids in [Ids::I64(&wide), Ids::I32(&narrow)] {
-                let mut out = before.clone();
-                (kernels.lookup_books)(&view, &codes, ids, &mut out);
-                same(&out, &expected)?;
-            }
-        }
+        lookups(&codes, rows, dim, n, rng, |kernels, rows, out| (kernels.lookup_books)(&view, rows, out),
+            |kernels, bags, out| (kernels.pool_books)(&view, bags, out))?;
     }
 
     #[test]
-    fn levels(seed: u64, dim in 1usize..68, symmetric: bool, form in 0usize..3, block in 1usize..70, spare in 0usize..3,
-              level in prop::sample::select(vec![Level::F16, Level::Bf16, Level::U8, Level::U4, Level::U2])) {
+    fn levels(seed: u64, dim in 1usize..150, symmetric: bool, form in 0usize..4, block in 1usize..70, spare in 0usize..3,
+              level in prop::sample::select(vec![Level::F16, Level::Bf16, Level::U8, Level::U4, Level::U2]), n in 0usize..70) {
         let rng = &mut Rng::new(seed);
+        let (dim, block) = if form == 3 { (dim.next_multiple_of(32), block.next_multiple_of(16)) } else { (dim, block) };
         let (scale, offset) = (floats(rng, dim), floats(rng, dim));
         let scales = match form {
             0 => Scales::None,
@@ -120,16 +180,8 @@ proptest! {
             .flat_map(|v| half::f16::from_f32(*v).to_bits().to_le_bytes()).collect();
         let codes = &halves[..rows * row_bytes];
         let view = LevelsView { dim, row_bytes, level, scales };
-        let ids = Ids::Range { start: 1, len: rows - 1 };
-        let mut expected = vec![0.0; (rows - 1) * dim];
-        (scalar::KERNELS.lookup_levels)(&view, codes, ids, &mut expected);
-        // NaN has many patterns; numbers that are not finite do not occur in tables.
-        prop_assume!(expected.iter().all(|v| v.is_finite()));
-        for kernels in available() {
-            let mut out = vec![f32::NAN; expected.len()];
-            (kernels.lookup_levels)(&view, codes, ids, &mut out);
-            same(&out, &expected)?;
-        }
+        lookups(codes, rows, dim, n, rng, |kernels, rows, out| (kernels.lookup_levels)(&view, rows, out),
+            |kernels, bags, out| (kernels.pool_levels)(&view, bags, out))?;
     }
 
     #[test]
@@ -354,18 +406,20 @@ fn a_forced_path() {
 #[should_panic(expected = "entries of a book")]
 fn a_short_book_is_refused() {
     let entries = [0.0; 7];
-    let book = Book { entries: Values::F32(&entries), start: 0, width: 2, store: true };
-    let view = BooksView { dim: 2, bits: 2, row_bytes: 1, scale: 1.0, zero_first: false, books: vec![book] };
-    (best().lookup_books)(&view, &[0], Ids::Range { start: 0, len: 1 }, &mut [0.0; 2]);
+    let group = Group { entries: Values::F32(&entries), width: 2, starts: &[0] };
+    let view = BooksView { dim: 2, bits: 2, row_bytes: 1, scale: 1.0, tiled: true, groups: vec![group] };
+    let rows = Rows { codes: &[0], ids: Ids::Range { start: 0, len: 1 }, range: 0..1, stream: false };
+    (best().lookup_books)(&view, &rows, &mut [0.0; 2]);
 }
 
 #[test]
 #[should_panic]
 fn an_id_outside_is_refused() {
     let entries = [0.0; 8];
-    let book = Book { entries: Values::F32(&entries), start: 0, width: 2, store: true };
-    let view = BooksView { dim: 2, bits: 2, row_bytes: 1, scale: 1.0, zero_first: false, books: vec![book] };
-    (best().lookup_books)(&view, &[0], Ids::I32(&[-1]), &mut [0.0; 2]);
+    let group = Group { entries: Values::F32(&entries), width: 2, starts: &[0] };
+    let view = BooksView { dim: 2, bits: 2, row_bytes: 1, scale: 1.0, tiled: true, groups: vec![group] };
+    let rows = Rows { codes: &[0], ids: Ids::I32(&[-1]), range: 0..1, stream: false };
+    (best().lookup_books)(&view, &rows, &mut [0.0; 2]);
 }
 
 #[test]

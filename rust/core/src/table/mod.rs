@@ -5,7 +5,7 @@ pub mod map;
 
 use crate::decoder::Decoder;
 use crate::error::{Error, Result};
-use crate::kernels::{Ids, Output};
+use crate::kernels::{Bags, Ids, Output, Rows};
 use crate::pool::Context;
 use crate::tensor::{Buffer, Dtype, Tensor};
 use format::{File, Layout, TensorSpec, Writer};
@@ -22,6 +22,12 @@ const PARALLEL_VALUES: usize = 1 << 18;
 
 /// Rows that one task of a parallel lookup reads.
 const TASK_ROWS: usize = 4096;
+
+/// Outputs of a call above this many bytes will not be in the caches when they are read: they are written past them.
+const STREAM_BYTES: usize = 2 << 20;
+
+/// Ids of one bag that are pooled between two looks at cancellation.
+const PART_IDS: i64 = 1 << 16;
 
 /// How pooled rows are combined.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -66,8 +72,11 @@ pub struct Table {
     codes: Buffer,
     rows: usize,
     about: About,
-    names: Option<Names>,
+    /// Filled on first use where a file has them.
+    names: Arc<OnceLock<Option<Names>>>,
     file: Option<Arc<File>>,
+    /// Nothing was changed since the file was opened.
+    as_in_file: bool,
 }
 
 impl Table {
@@ -77,7 +86,7 @@ impl Table {
             let found = format!("{} bytes", codes.bytes().len());
             return Err(Error::shape("codes", found, format!("{rows} rows of {} bytes", decoder.row_bytes())));
         }
-        Ok(Table { decoder, codes, rows, about, names: None, file: None })
+        Ok(Table { decoder, codes, rows, about, names: Arc::new(None.into()), file: None, as_in_file: false })
     }
 
     /// Opens a table file.
@@ -107,6 +116,10 @@ impl Table {
         };
         let mut table = Table::new(decoder, file.codes(), file.rows(), about).map_err(|e| wrong(e.to_string()))?;
         table.file = Some(Arc::new(file));
+        (table.names, table.as_in_file) = (Arc::default(), true);
+        if verify == Verify::Full {
+            table.check_scales(&Context::default())?;
+        }
         Ok(table)
     }
 
@@ -133,13 +146,14 @@ impl Table {
     pub fn with_tensors(&self, tensors: &[Tensor]) -> Result<Self> {
         let decoder = self.decoder.with_tensors(tensors)?;
         let about = About { errors: Map::new(), ..self.about.clone() };
-        Ok(Table { decoder, about, ..self.clone() })
+        Ok(Table { decoder, about, as_in_file: false, ..self.clone() })
     }
 
     /// The same table with other names and metadata.
     pub fn with_metadata(&self, names: Option<&[String]>, metadata: BTreeMap<String, String>) -> Result<Self> {
         let names = names.map(|names| Names::new(names, self.rows)).transpose()?;
-        Ok(Table { names, about: About { metadata, ..self.about.clone() }, ..self.clone() })
+        let about = About { metadata, ..self.about.clone() };
+        Ok(Table { names: Arc::new(names.into()), about, as_in_file: false, ..self.clone() })
     }
 
     /// How codes are read.
@@ -185,7 +199,7 @@ impl Table {
     /// Bytes of the file, written or not.
     pub fn nbytes(&self) -> Result<u64> {
         match &self.file {
-            Some(file) if self.about.metadata == *file.metadata() => Ok(file.len()),
+            Some(file) if self.as_in_file => Ok(file.len()),
             _ => format::file_size(&self.layout(&self.extra()?), self.rows as u64),
         }
     }
@@ -208,18 +222,21 @@ impl Table {
             return Err(Error::shape("out", format!("{} values", out.len()), expected));
         }
         self.touch_ids(ids)?;
+        let stream = out.bytes() > STREAM_BYTES;
+        let rows = |range: Range<usize>| Rows { codes: self.codes(), ids, range, stream };
         if wanted < PARALLEL_VALUES || ctx.threads() == 1 {
             for start in (0..ids.len()).step_by(TASK_ROWS) {
                 ctx.check()?;
-                let rows = start..ids.len().min(start + TASK_ROWS);
-                let out = out.slice(rows.start * self.dim()..rows.end * self.dim());
-                self.decoder.decode(self.codes(), ids.slice(rows), out);
+                let range = start..ids.len().min(start + TASK_ROWS);
+                let out = out.slice(range.start * self.dim()..range.end * self.dim());
+                self.decoder.decode_rows(&rows(range), out);
             }
         } else {
-            chunks(out, TASK_ROWS * self.dim(), ctx, |index, chunk| {
-                let start = index * TASK_ROWS;
-                let rows = start..start + chunk.len() / self.dim();
-                self.decoder.decode(self.codes(), ids.slice(rows), chunk);
+            let starts = (0..ids.len()).step_by(TASK_ROWS);
+            let tasks = out.split(starts.map(|start| start..ids.len().min(start + TASK_ROWS)), self.dim());
+            ctx.each(tasks, |(range, out)| {
+                self.decoder.decode_rows(&rows(range), out);
+                Ok(())
             })?;
         }
         self.intact()
@@ -237,9 +254,9 @@ impl Table {
         ctx: &Context,
     ) -> Result<()> {
         let out = out.into();
-        let bags = bag_ranges(offsets, ids.len())?;
-        if out.len() != bags.len() * self.dim() {
-            let expected = format!("{} rows of {} values", bags.len(), self.dim());
+        let borders = bag_borders(offsets, ids.len())?;
+        if out.len() != offsets.len() * self.dim() {
+            let expected = format!("{} rows of {} values", offsets.len(), self.dim());
             return Err(Error::shape("out", format!("{} values", out.len()), expected));
         }
         if let Some(weights) = weights {
@@ -252,53 +269,54 @@ impl Table {
             }
         }
         self.touch_ids(ids)?;
-        let work = |start: usize, chunk: Output| {
-            let mut rows = Vec::new();
-            crate::kernels::best().write(self.dim(), chunk, |bags_here, out| {
-                for (bag, out) in bags_here.zip(out.chunks_mut(self.dim())) {
-                    self.pool_bag(ids, bags[start + bag].clone(), weights, pooling, &mut rows, out);
-                }
-            });
-        };
-        if ids.len() * self.dim() < PARALLEL_VALUES || ctx.threads() == 1 {
-            work(0, out);
-        } else {
-            const BAGS: usize = 64;
-            chunks(out, BAGS * self.dim(), ctx, |index, chunk| work(index * BAGS, chunk))?;
-        }
+        let tasks = out.split(bag_tasks(&borders), self.dim());
+        let small = ids.len() * self.dim() < PARALLEL_VALUES;
+        let ctx = if small { &ctx.serial() } else { ctx };
+        ctx.each(tasks, |(range, out)| {
+            self.pool_task(ids, &borders[range.start..=range.end], weights, pooling, out, ctx)
+        })?;
         self.intact()
     }
 
-    fn pool_bag(
+    /// Pools the bags between `borders`; a bag of very many ids part by part, so that the call can be cancelled.
+    fn pool_task(
         &self,
         ids: Ids,
-        bag: Range<usize>,
+        borders: &[i64],
         weights: Option<&[f32]>,
         pooling: Pooling,
-        rows: &mut Vec<f32>,
-        out: &mut [f32],
-    ) {
-        // Long bags are read in parts, so that the rows stay in the first-level cache.
-        const PART: usize = 32;
-        let kernels = crate::kernels::best();
-        out.fill(0.0);
-        for start in bag.clone().step_by(PART) {
-            let part = start..bag.end.min(start + PART);
-            rows.resize(part.len() * self.dim(), 0.0);
-            self.decoder.decode(self.codes(), ids.slice(part.clone()), &mut *rows);
-            for (index, row) in rows.chunks(self.dim()).enumerate() {
-                match (pooling, weights) {
-                    (Pooling::Max, _) if part.start + index == bag.start => out.copy_from_slice(row),
-                    (Pooling::Max, _) => (kernels.max_into)(out, row),
-                    (_, Some(weights)) => (kernels.axpy)(out, row, weights[part.start + index]),
-                    (_, None) => (kernels.add)(out, row),
+        out: Output,
+        ctx: &Context,
+    ) -> Result<()> {
+        let pool = |borders: &[i64], resume: bool, out: &mut [f32]| {
+            let range = borders[0] as usize..borders[borders.len() - 1] as usize;
+            let rows = Rows { codes: self.codes(), ids, range, stream: false };
+            self.decoder.pool(&Bags { rows, borders, weights, max: pooling == Pooling::Max, resume }, out);
+        };
+        let mut done = Ok(());
+        crate::kernels::best().write(self.dim(), out, |range, out| {
+            let borders = &borders[range.start..=range.end];
+            if borders[borders.len() - 1] - borders[0] <= PART_IDS {
+                pool(borders, false, out);
+            } else {
+                for (bag, out) in borders.windows(2).zip(out.chunks_exact_mut(self.dim())) {
+                    let parts = (bag[0]..bag[1].max(bag[0] + 1)).step_by(PART_IDS as usize);
+                    for start in parts {
+                        done = std::mem::replace(&mut done, Ok(())).and_then(|()| ctx.check());
+                        if done.is_ok() {
+                            pool(&[start, bag[1].min(start + PART_IDS)], start > bag[0], out);
+                        }
+                    }
                 }
             }
-        }
-        if pooling == Pooling::Mean && !bag.is_empty() {
-            let count = bag.len() as f32;
-            out.iter_mut().for_each(|v| *v /= count);
-        }
+            if pooling == Pooling::Mean {
+                for (bag, out) in borders.windows(2).zip(out.chunks_exact_mut(self.dim())) {
+                    let count = (bag[1] - bag[0]).max(1) as f32;
+                    out.iter_mut().for_each(|value| *value /= count);
+                }
+            }
+        });
+        done
     }
 
     /// Checks every byte of a file against its checksums, and every scale inside rows.
@@ -306,6 +324,11 @@ impl Table {
         if let Some(file) = &self.file {
             file.verify(ctx)?;
         }
+        self.check_scales(ctx)
+    }
+
+    /// Checks the scales inside rows, which checksums say nothing of.
+    fn check_scales(&self, ctx: &Context) -> Result<()> {
         let bytes = self.row_bytes();
         let parts = self.rows.div_ceil(TASK_ROWS);
         ctx.stage("scales", parts as u64);
@@ -329,24 +352,31 @@ impl Table {
 
     /// The first row of a name.
     pub fn find(&self, name: &str) -> Result<Option<usize>> {
-        let Some(names) = self.loaded_names()? else { return Ok(None) };
-        Ok(names.index().get(name).copied())
+        let row = self.loaded_names()?.and_then(|names| names.index().get(name).copied());
+        self.intact()?;
+        Ok(row)
     }
 
-    /// The names, from memory or from the file; checked.
-    fn loaded_names(&self) -> Result<Option<Names>> {
-        if let (None, Some(file)) = (&self.names, &self.file) {
-            if let (Some(text), Some(ends)) = (file.extra(NAMES)?, file.extra(NAME_ENDS)?) {
-                let names = Names { text, ends, index: Arc::default() };
-                return names.check(self.rows).map(Some).map_err(|why| self.damage(why));
-            }
+    /// The names, from memory or from the file; checked once.
+    fn loaded_names(&self) -> Result<Option<&Names>> {
+        if let (None, Some(file)) = (self.names.get(), &self.file) {
+            let names = match (file.extra(NAMES)?, file.extra(NAME_ENDS)?) {
+                (Some(text), Some(ends)) => {
+                    let names = Names { text, ends, index: Arc::default() };
+                    Some(names.check(self.rows).map_err(|why| self.damage(why))?)
+                }
+                _ => None,
+            };
+            self.intact()?;
+            // Another thread may have been faster; its names are the same.
+            let _ = self.names.set(names);
         }
-        Ok(self.names.clone())
+        Ok(self.names.get().and_then(Option::as_ref))
     }
 
     /// The names' tensors, for saving.
     fn extra(&self) -> Result<Vec<Tensor>> {
-        Ok(self.loaded_names()?.map_or_else(Vec::new, |names| vec![names.text, names.ends]))
+        Ok(self.loaded_names()?.map_or_else(Vec::new, |names| vec![names.text.clone(), names.ends.clone()]))
     }
 
     pub(crate) fn touch(&self, rows: Range<usize>) -> Result<()> {
@@ -475,21 +505,8 @@ pub fn layout(decoder: &Decoder, about: &About, extra: &[Tensor]) -> Layout {
     }
 }
 
-/// [`Context::chunks`] for values of any type.
-fn chunks(out: Output, size: usize, ctx: &Context, work: impl Fn(usize, Output) + Sync) -> Result<()> {
-    let run = |index: usize, chunk: Output| {
-        work(index, chunk);
-        Ok(())
-    };
-    match out {
-        Output::F32(out) => ctx.chunks(out, size, |index, chunk| run(index, Output::F32(chunk))),
-        Output::F16(out) => ctx.chunks(out, size, |index, chunk| run(index, Output::F16(chunk))),
-        Output::Bf16(out) => ctx.chunks(out, size, |index, chunk| run(index, Output::Bf16(chunk))),
-    }
-}
-
-/// Bags as ranges of ids. Offsets start at 0, never fall and stay inside the ids.
-fn bag_ranges(offsets: &[i64], ids: usize) -> Result<Vec<Range<usize>>> {
+/// Where bags start and where the last one ends. Offsets start at 0, never fall and stay inside the ids.
+fn bag_borders(offsets: &[i64], ids: usize) -> Result<Vec<i64>> {
     let wrong = |found: String| Error::shape("offsets", found, format!("numbers from 0, not falling, at most {ids}"));
     if offsets.first().is_some_and(|first| *first != 0) {
         return Err(wrong(format!("{} first", offsets[0])));
@@ -497,44 +514,57 @@ fn bag_ranges(offsets: &[i64], ids: usize) -> Result<Vec<Range<usize>>> {
     if offsets.is_empty() && ids > 0 {
         return Err(wrong("no numbers".into()));
     }
-    let mut bags = Vec::with_capacity(offsets.len());
-    for (index, start) in offsets.iter().enumerate() {
-        let end = offsets.get(index + 1).copied().unwrap_or(ids as i64);
-        if end < *start || end > ids as i64 {
-            return Err(wrong(format!("{end} after {start}")));
-        }
-        bags.push(*start as usize..end as usize);
+    let borders = [offsets, &[ids as i64]].concat();
+    match borders.windows(2).find(|pair| pair[1] < pair[0]) {
+        Some(pair) if !offsets.is_empty() => Err(wrong(format!("{} after {}", pair[1], pair[0]))),
+        _ => Ok(borders),
     }
-    Ok(bags)
+}
+
+/// Ranges of bags of about equally many ids, one after the other.
+fn bag_tasks(borders: &[i64]) -> impl Iterator<Item = Range<usize>> + '_ {
+    let bags = borders.len() - 1;
+    let mut start = 0;
+    std::iter::from_fn(move || {
+        let first = start;
+        let limit = borders.get(first)? + TASK_ROWS as i64;
+        let inside = borders[first + 1..].iter().take(TASK_ROWS).take_while(|end| **end <= limit).count();
+        start = bags.min(first + inside.max(1));
+        (first < bags).then_some(first..start)
+    })
 }
 
 /// Whether all ids are rows of a table; `Some` with ids counted from the end replaced, where there were negative ones.
 pub fn check_ids(ids: Ids, rows: usize) -> Result<Option<Vec<i64>>> {
     let refuse = |position: usize, id: i64| Err(Error::Id { id, position, rows });
+    let last = rows as i64 - 1;
+    // The sign of what is gathered tells whether an id is negative or above the last one. No branch per id, so that it
+    // runs in vectors.
     let fine = match ids {
         Ids::Range { start, len } if start.checked_add(len).is_some_and(|end| end <= rows) => return Ok(None),
         Ids::Range { start, len } => return refuse(0, start.saturating_add(len) as i64 - 1),
-        // Compared as unsigned: negative numbers become too large. No branch per id, so that it runs in vectors.
-        Ids::I32(ids) => ids.iter().fold(true, |fine, id| fine & ((*id as u32 as u64) < rows as u64)) && rows > 0,
-        Ids::I64(ids) => ids.iter().fold(true, |fine, id| fine & ((*id as u64) < rows as u64)),
+        Ids::I32(ids) => {
+            let last = last.min(i32::MAX.into()) as i32;
+            ids.iter().fold(0, |signs, id| signs | id | last.wrapping_sub(*id)) >= 0
+        }
+        Ids::I64(ids) => ids.iter().fold(0, |signs, id| signs | id | last.wrapping_sub(*id)) >= 0,
     };
-    let negative = matches!(ids, Ids::I32(ids) if rows > i32::MAX as usize && ids.iter().any(|id| *id < 0));
-    if fine && !negative {
+    if fine {
         return Ok(None);
     }
-    let signed = |index: usize| match ids {
-        Ids::I32(ids) => i64::from(ids[index]),
-        Ids::I64(ids) => ids[index],
-        Ids::Range { start, .. } => (start + index) as i64,
+    let wrap = |id: i64| id.wrapping_add((id >> 63) & rows as i64);
+    let wrapped: Vec<i64> = match ids {
+        Ids::I32(ids) => ids.iter().map(|id| wrap((*id).into())).collect(),
+        Ids::I64(ids) => ids.iter().map(|id| wrap(*id)).collect(),
+        Ids::Range { .. } => Vec::new(),
     };
-    let mut wrapped = Vec::with_capacity(ids.len());
-    for position in 0..ids.len() {
-        let id = signed(position);
-        let row = if id < 0 { id + rows as i64 } else { id };
-        if row < 0 || row >= rows as i64 {
-            return refuse(position, id);
-        }
-        wrapped.push(row);
+    if let Some(position) = wrapped.iter().position(|row| *row < 0 || *row > last) {
+        let id = match ids {
+            Ids::I32(ids) => ids[position].into(),
+            Ids::I64(ids) => ids[position],
+            Ids::Range { start, .. } => start as i64,
+        };
+        return refuse(position, id);
     }
     Ok(Some(wrapped))
 }

@@ -1,6 +1,8 @@
 //! Rows that are sums or joins of codebook entries.
 
-use super::{bits, check, row_codes, BooksView, Ids, Values, Widen};
+use super::rows::{Decode, Job, Lookup, Pool, Reader, Source};
+use super::{check, scalar, Bags, BooksView, Rows, Simd, Values, Widen};
+use std::marker::PhantomData;
 
 /// Type of the values of a codebook.
 trait Entry: Copy {
@@ -53,95 +55,75 @@ impl Entry for Bf16 {
     }
 }
 
-/// Field `index` of the row of codes that starts `tail`. Reads four bytes at once where `tail` has them.
 #[inline(always)]
-fn field(tail: &[u8], bits: u32, index: usize) -> usize {
-    let (at, shift) = (index * bits as usize / 8, index * bits as usize % 8);
-    match tail.get(at..at + 4) {
-        Some(word) => {
-            let word = u32::from_le_bytes([word[0], word[1], word[2], word[3]]);
-            ((word >> shift) & ((1 << bits) - 1)) as usize
-        }
-        None => bits::get(tail, bits, index) as usize,
-    }
-}
-
-/// Code `index` of the row that starts `tail`. `BITS`: 8 or 4 if that is known, else 0.
-#[inline(always)]
-fn code<const BITS: u32>(tail: &[u8], bits: u32, index: usize) -> usize {
-    match BITS {
-        8 => tail[index] as usize,
-        4 => (tail[index / 2] >> (index % 2 * 4) & 15) as usize,
-        _ => field(tail, bits, index),
-    }
-}
-
-/// Which loop decodes a view fastest.
-enum Form {
-    /// Narrow parts of equal width side by side: gather the entries of several rows, then convert them in one go.
-    Narrow,
-    /// Parts of equal width side by side, wide enough for vectors.
-    Wide,
-    /// Full rows that are added: sum in registers.
-    Sum,
-    /// Everything else, book after book.
-    Any,
-}
-
-fn form(view: &BooksView, lanes: usize) -> Form {
-    let Some(first) = view.books.first() else { return Form::Any };
-    if !view.books.iter().all(|book| book.width == first.width && same_type(book.entries, first.entries)) {
-        return Form::Any;
-    }
-    let beside = view.books.iter().enumerate().all(|(m, book)| book.store && book.start == m * book.width);
-    if beside && view.books.len() * first.width == view.dim {
-        match first.width {
-            width if width >= lanes => return Form::Wide,
-            1 | 2 | 3 | 4 | 6 if view.dim <= SCRATCH => return Form::Narrow,
-            _ => return Form::Any,
-        }
-    }
-    let added = (first.store || view.zero_first) && view.books[1..].iter().all(|book| !book.store);
-    if added && first.width == view.dim {
-        return Form::Sum;
-    }
-    Form::Any
-}
-
-fn same_type(a: Values, b: Values) -> bool {
-    use Values::{Bf16, F16, F32};
-    matches!((a, b), (F32(_), F32(_)) | (F16(_), F16(_)) | (Bf16(_), Bf16(_)))
-}
-
-#[inline(always)]
-pub(in crate::kernels) unsafe fn lookup_books<S: Widen>(view: &BooksView, codes: &[u8], ids: Ids, out: &mut [f32]) {
-    check::books(view, &ids, out);
+pub(in crate::kernels) unsafe fn lookup_books<S: Widen>(view: &BooksView, rows: &Rows, out: &mut [f32]) {
+    check::books(view, rows, out);
     // SAFETY: the view was checked; the instruction set is the caller's.
+    unsafe { run::<S>(view, Lookup { rows, out }) }
+}
+
+#[inline(always)]
+pub(in crate::kernels) unsafe fn pool_books<S: Widen>(view: &BooksView, bags: &Bags, out: &mut [f32]) {
+    check::pool_books(view, bags, out);
+    // SAFETY: the view was checked; the instruction set is the caller's.
+    unsafe { run::<S>(view, Pool { bags, out }) }
+}
+
+#[inline(always)]
+unsafe fn run<S: Widen>(view: &BooksView, job: impl Job) {
+    let all = |wanted: fn(&Values) -> bool| view.groups.iter().all(|group| wanted(&group.entries));
+    // SAFETY: the view was checked, and the type of its entries is matched; the instruction set is the caller's.
     unsafe {
-        match view.bits {
-            8 => lookup_coded::<S, 8>(view, codes, ids, out),
-            4 => lookup_coded::<S, 4>(view, codes, ids, out),
-            _ => lookup_coded::<S, 0>(view, codes, ids, out),
+        match view.groups.first().map(|group| group.entries) {
+            Some(Values::F16(_)) if all(|entries| matches!(entries, Values::F16(_))) => match view.bits {
+                8 => run_typed::<S, F16, 8>(view, job),
+                _ => run_typed::<S, F16, 0>(view, job),
+            },
+            Some(Values::Bf16(_)) if all(|entries| matches!(entries, Values::Bf16(_))) => match view.bits {
+                8 => run_typed::<S, Bf16, 8>(view, job),
+                _ => run_typed::<S, Bf16, 0>(view, job),
+            },
+            Some(Values::F32(_)) if all(|entries| matches!(entries, Values::F32(_))) => match view.bits {
+                8 => run_typed::<S, f32, 8>(view, job),
+                _ => run_typed::<S, f32, 0>(view, job),
+            },
+            _ => job.rows::<S>(&Mixed(view), view.dim),
         }
     }
 }
 
 #[inline(always)]
-unsafe fn lookup_coded<S: Widen, const BITS: u32>(view: &BooksView, codes: &[u8], ids: Ids, out: &mut [f32]) {
-    let entries = view.books.first().map(|book| book.entries);
-    // SAFETY: a form promises that all books have the type of the first.
+unsafe fn run_typed<S: Widen, E: Entry, const BITS: u32>(view: &BooksView, job: impl Job) {
+    let (first, dim, row_bytes) = (&view.groups[0], view.dim, view.row_bytes);
+    let (width, alone) = (first.width, view.groups.len() == 1);
+    let books = Books::<E, BITS> { first: first_entry(first.entries), width, bits: view.bits, scale: view.scale };
+    // SAFETY: a reader is chosen for the places and the widths of the books that it is made for.
     unsafe {
-        match (form(view, S::LANES), entries) {
-            (Form::Narrow, Some(Values::F32(_))) => narrow::<S, f32, BITS>(view, codes, ids, out),
-            (Form::Narrow, Some(Values::F16(_))) => narrow::<S, F16, BITS>(view, codes, ids, out),
-            (Form::Narrow, Some(Values::Bf16(_))) => narrow::<S, Bf16, BITS>(view, codes, ids, out),
-            (Form::Wide, Some(Values::F32(_))) => wide::<S, f32, BITS>(view, codes, ids, out),
-            (Form::Wide, Some(Values::F16(_))) => wide::<S, F16, BITS>(view, codes, ids, out),
-            (Form::Wide, Some(Values::Bf16(_))) => wide::<S, Bf16, BITS>(view, codes, ids, out),
-            (Form::Sum, Some(Values::F32(_))) => sum::<S, f32, BITS>(view, codes, ids, out),
-            (Form::Sum, Some(Values::F16(_))) => sum::<S, F16, BITS>(view, codes, ids, out),
-            (Form::Sum, Some(Values::Bf16(_))) => sum::<S, Bf16, BITS>(view, codes, ids, out),
-            _ => any::<S, BITS>(view, codes, ids, out),
+        if alone && dim >= S::LANES && first.starts.iter().all(|start| *start == 0) && width == dim && !view.tiled {
+            return job.run::<S>(&Sum { books, count: first.starts.len() }, row_bytes, dim);
+        }
+        let mut at = 0;
+        let in_order = view.groups.iter().all(|group| {
+            group.starts.iter().all(|start| {
+                at += group.width;
+                *start == at - group.width
+            })
+        });
+        if !(view.tiled && in_order && at == dim) {
+            return job.rows::<S>(&Any::<S, E, BITS> { view, types: PhantomData }, dim);
+        }
+        match width {
+            2 if alone && dim >= S::LANES => job.run::<S>(&Tiles::<E, 2, BITS>(books), row_bytes, dim),
+            4 if alone && dim >= S::LANES => job.run::<S>(&Tiles::<E, 4, BITS>(books), row_bytes, dim),
+            8 if alone && dim >= S::LANES => job.run::<S>(&Tiles::<E, 8, BITS>(books), row_bytes, dim),
+            16 if alone && dim >= S::LANES => job.run::<S>(&Tiles::<E, 16, BITS>(books), row_bytes, dim),
+            _ if view.groups.iter().all(|group| group.width >= S::LANES) => {
+                job.run::<S>(&Parts::<S, E, BITS>::new(view), row_bytes, dim)
+            }
+            _ if view.groups.iter().all(|group| group.width >= S::Half::LANES) => {
+                job.run::<S::Half>(&Parts::<S::Half, E, BITS>::new(view), row_bytes, dim)
+            }
+            _ => job.rows::<S>(&Gather::<S, E, BITS> { view, types: PhantomData }, dim),
         }
     }
 }
@@ -153,25 +135,211 @@ fn first_entry<T>(values: Values) -> *const T {
     }
 }
 
+/// Code `index` of a row. `BITS`: 8 if that is known, else 0. Reads up to four bytes behind the row.
 #[inline(always)]
-unsafe fn any<S: Widen, const BITS: u32>(view: &BooksView, codes: &[u8], ids: Ids, out: &mut [f32]) {
-    for (position, out) in out.chunks_exact_mut(view.dim).enumerate() {
-        let tail = row_codes::<S>(codes, view.row_bytes, &ids, position);
-        if view.zero_first {
-            out.fill(0.0);
+unsafe fn code<const BITS: u32>(row: *const u8, bits: u32, index: usize) -> usize {
+    // SAFETY: the row has a code `index`, and [`super::rows::SPARE`] bytes follow it.
+    unsafe {
+        if BITS == 8 {
+            // Volatile, or the compiler collects codes in a vector to compute addresses there, and takes them out again.
+            return row.add(index).read_volatile() as usize;
         }
-        for (m, book) in view.books.iter().enumerate() {
-            let first = code::<BITS>(tail, view.bits, m) * book.width;
-            let out = &mut out[book.start..book.start + book.width];
-            // SAFETY: a code is below 2^bits and the book has `width << bits` values.
-            unsafe {
-                match book.entries {
-                    Values::F32(e) => place::<S, f32>(e.as_ptr().add(first), view.scale, book.store, out),
-                    Values::F16(e) => place::<S, F16>(e.as_ptr().add(first).cast(), view.scale, book.store, out),
-                    Values::Bf16(e) => place::<S, Bf16>(e.as_ptr().add(first).cast(), view.scale, book.store, out),
+        let place = index * bits as usize;
+        let word = u32::from_le(row.add(place / 8).cast::<u32>().read_unaligned());
+        ((word >> (place % 8)) & ((1 << bits) - 1)) as usize
+    }
+}
+
+/// Books of one width, one after the other.
+struct Books<E, const BITS: u32> {
+    first: *const E,
+    width: usize,
+    bits: u32,
+    scale: f32,
+}
+
+impl<E: Entry, const BITS: u32> Books<E, BITS> {
+    /// The entry of book `m` that a row picks.
+    #[inline(always)]
+    unsafe fn entry(&self, row: *const u8, m: usize, width: usize) -> *const E {
+        // SAFETY: the row has a code for each book, which is below 2^bits, the number of entries.
+        unsafe {
+            let bits = if BITS == 0 { self.bits } else { BITS };
+            self.first.add(((m << bits) + code::<BITS>(row, self.bits, m)) * width)
+        }
+    }
+}
+
+/// Books side by side whose width is a power of two: narrow entries are joined into whole vectors.
+struct Tiles<E, const WIDTH: usize, const BITS: u32>(Books<E, BITS>);
+
+impl<S: Widen, E: Entry, const WIDTH: usize, const BITS: u32> Reader<S> for Tiles<E, WIDTH, BITS> {
+    #[inline(always)]
+    unsafe fn read<const N: usize>(&self, row: *const u8, vector: usize, dim: usize) -> [S; N] {
+        // SAFETY: columns `t` to `t + LANES` are inside the row, and `t` is a multiple of the lesser of width and lanes.
+        unsafe {
+            let start = <Self as Reader<S>>::column(self, vector, dim);
+            let scale = S::splat(self.0.scale);
+            let mut values = [scale; N];
+            for i in 0..N {
+                let t = start + i * S::LANES;
+                let value = join::<S, E, WIDTH>(|place| self.0.entry(row, t / WIDTH + place, WIDTH), t % WIDTH);
+                values[i] = value.mul(scale);
+            }
+            values
+        }
+    }
+}
+
+/// A vector of entries side by side, or the part of one entry from `offset` on.
+#[inline(always)]
+unsafe fn join<S: Widen, E: Entry, const WIDTH: usize>(entry: impl Fn(usize) -> *const E, offset: usize) -> S {
+    let bytes = WIDTH * size_of::<E>();
+    // SAFETY: each entry has `WIDTH` values.
+    unsafe {
+        if WIDTH >= S::LANES {
+            return E::load::<S>(entry(0).add(offset));
+        }
+        let mut words = [0u64; 8];
+        for i in 0..S::LANES * size_of::<E>() / 8 {
+            let part = |place: usize| u64::from(entry(place).cast::<u32>().read_unaligned());
+            words[i] = match bytes {
+                4 => part(2 * i) | part(2 * i + 1) << 32,
+                _ => entry(i * 8 / bytes).cast::<u8>().add(i * 8 % bytes).cast::<u64>().read_unaligned(),
+            };
+        }
+        E::load::<S>(words.as_ptr().cast())
+    }
+}
+
+/// Books side by side, each at least as wide as a vector.
+struct Parts<S, E, const BITS: u32> {
+    books: Vec<Books<E, BITS>>,
+    /// For each vector: its column, its group, its book and the place in the entry.
+    vectors: Vec<(u32, u32, u32, u32)>,
+    lanes: PhantomData<S>,
+}
+
+impl<S: Widen, E: Entry, const BITS: u32> Parts<S, E, BITS> {
+    fn new(view: &BooksView) -> Self {
+        let (mut books, mut vectors, mut m) = (Vec::new(), Vec::new(), 0);
+        for (index, group) in view.groups.iter().enumerate() {
+            // Book `m` of the row is book `m - before` of the group.
+            let before = m << view.bits;
+            let first = first_entry::<E>(group.entries).wrapping_sub(before * group.width);
+            books.push(Books { first, width: group.width, bits: view.bits, scale: view.scale });
+            for start in group.starts {
+                for t in (0..group.width).step_by(S::LANES) {
+                    let t = t.min(group.width - S::LANES);
+                    vectors.push(((start + t) as u32, index as u32, m as u32, t as u32));
                 }
+                m += 1;
             }
         }
+        Parts { books, vectors, lanes: PhantomData }
+    }
+}
+
+impl<S: Widen, E: Entry, const BITS: u32> Reader<S> for Parts<S, E, BITS> {
+    #[inline(always)]
+    fn vectors(&self, _: usize) -> usize {
+        self.vectors.len()
+    }
+
+    #[inline(always)]
+    fn column(&self, vector: usize, _: usize) -> usize {
+        self.vectors[vector].0 as usize
+    }
+
+    #[inline(always)]
+    unsafe fn read<const N: usize>(&self, row: *const u8, vector: usize, _: usize) -> [S; N] {
+        let mut values = [unsafe { S::splat(0.0) }; N];
+        for i in 0..N {
+            let (_, group, m, t) = self.vectors[vector + i];
+            let books = &self.books[group as usize];
+            // SAFETY: the group has the book, and its entries a vector from `t`.
+            values[i] = unsafe {
+                let entry = books.first.wrapping_add(((m as usize) << books.bits) * books.width);
+                let entry = entry.wrapping_add(code::<BITS>(row, books.bits, m as usize) * books.width);
+                E::load::<S>(entry.add(t as usize)).mul(S::splat(books.scale))
+            };
+        }
+        values
+    }
+}
+
+/// Full rows that are added, the first one stored.
+struct Sum<E, const BITS: u32> {
+    books: Books<E, BITS>,
+    count: usize,
+}
+
+impl<S: Widen, E: Entry, const BITS: u32> Reader<S> for Sum<E, BITS> {
+    #[inline(always)]
+    unsafe fn read<const N: usize>(&self, row: *const u8, vector: usize, dim: usize) -> [S; N] {
+        // SAFETY: all books are as wide as the row, which has the columns.
+        unsafe {
+            let t = <Self as Reader<S>>::column(self, vector, dim);
+            let scale = S::splat(self.books.scale);
+            let mut sums = [scale; N];
+            let first = self.books.entry(row, 0, dim);
+            for i in 0..N {
+                // A stored -0 must not become 0 + -0 = 0.
+                sums[i] = E::load::<S>(first.add(t + i * S::LANES)).mul(scale);
+            }
+            for m in 1..self.count {
+                let entry = self.books.entry(row, m, dim);
+                for i in 0..N {
+                    sums[i] = E::load::<S>(entry.add(t + i * S::LANES)).fma(scale, sums[i]);
+                }
+            }
+            sums
+        }
+    }
+}
+
+/// Books of more than one type: rare enough for the plain loop.
+struct Mixed<'a>(&'a BooksView<'a>);
+
+impl Decode for Mixed<'_> {
+    #[inline(always)]
+    unsafe fn decode(&self, rows: &Rows, out: &mut [f32]) {
+        scalar::lookup_books(self.0, rows, out);
+    }
+}
+
+/// Books in any places, one after the other.
+struct Any<'a, S, E, const BITS: u32> {
+    view: &'a BooksView<'a>,
+    types: PhantomData<(S, E)>,
+}
+
+impl<S: Widen, E: Entry, const BITS: u32> Decode for Any<'_, S, E, BITS> {
+    #[inline(always)]
+    unsafe fn decode(&self, rows: &Rows, out: &mut [f32]) {
+        let view = self.view;
+        let mut out = out.chunks_exact_mut(view.dim);
+        let mut source = Source::new::<S>(rows, view.row_bytes);
+        source.each::<S>(|row| {
+            let Some(out) = out.next() else { return };
+            if !view.stores_first() {
+                out.fill(0.0);
+            }
+            let mut m = 0;
+            for group in &view.groups {
+                let entries = first_entry::<E>(group.entries);
+                for (book, start) in group.starts.iter().enumerate() {
+                    let store = view.tiled || (m == 0 && group.width == view.dim);
+                    let out = &mut out[*start..start + group.width];
+                    // SAFETY: a code is below 2^bits and the book has `width << bits` values.
+                    unsafe {
+                        let entry = (book << view.bits) + code::<BITS>(row, view.bits, m);
+                        place::<S, E>(entries.add(entry * group.width), view.scale, store, out);
+                    }
+                    m += 1;
+                }
+            }
+        });
     }
 }
 
@@ -197,145 +365,71 @@ unsafe fn place<S: Widen, E: Entry>(entry: *const E, scale: f32, store: bool, ou
     }
 }
 
-#[inline(always)]
-unsafe fn wide<S: Widen, E: Entry, const BITS: u32>(view: &BooksView, codes: &[u8], ids: Ids, out: &mut [f32]) {
-    // SAFETY: the vectors that are promised are those of the width.
-    unsafe {
-        match view.books[0].width {
-            width if width == S::LANES => parts::<S, E, 1, BITS>(view, codes, ids, out),
-            width if width == 2 * S::LANES => parts::<S, E, 2, BITS>(view, codes, ids, out),
-            _ => parts::<S, E, 0, BITS>(view, codes, ids, out),
-        }
-    }
-}
-
-/// `VECTORS`: vectors of a part if they are 1 or 2 and cover it, else 0.
-#[inline(always)]
-unsafe fn parts<S: Widen, E: Entry, const VECTORS: usize, const BITS: u32>(
-    view: &BooksView,
-    codes: &[u8],
-    ids: Ids,
-    out: &mut [f32],
-) {
-    let books: Vec<*const E> = view.books.iter().map(|book| first_entry(book.entries)).collect();
-    let width = if VECTORS == 0 { view.books[0].width } else { VECTORS * S::LANES };
-    for (position, out) in out.chunks_exact_mut(view.dim).enumerate() {
-        let tail = row_codes::<S>(codes, view.row_bytes, &ids, position);
-        for (m, out) in out.chunks_exact_mut(width).enumerate() {
-            // SAFETY: a code is below 2^bits and the book has `width << bits` values. The last vector of a part ends with
-            // it and may overlap the one before.
-            unsafe {
-                let entry = books[m].add(code::<BITS>(tail, view.bits, m) * width);
-                let scale = S::splat(view.scale);
-                for t in (0..width).step_by(S::LANES) {
-                    let t = if VECTORS == 0 { t.min(width - S::LANES) } else { t };
-                    E::load::<S>(entry.add(t)).mul(scale).store(out.as_mut_ptr().add(t));
-                }
-            }
-        }
-    }
-}
-
-/// Vectors of a row that [`sum`] keeps in registers.
-const SUMS: usize = 4;
-
-#[inline(always)]
-unsafe fn sum<S: Widen, E: Entry, const BITS: u32>(view: &BooksView, codes: &[u8], ids: Ids, out: &mut [f32]) {
-    let books: Vec<*const E> = view.books.iter().map(|book| first_entry(book.entries)).collect();
-    for (position, out) in out.chunks_exact_mut(view.dim).enumerate() {
-        let tail = row_codes::<S>(codes, view.row_bytes, &ids, position);
-        let entry = |m: usize| books[m].wrapping_add(code::<BITS>(tail, view.bits, m) * view.dim);
-        let mut t = 0;
-        // SAFETY: a code is below 2^bits and each book has `dim << bits` values; `t` stays inside the row.
-        unsafe {
-            while t + SUMS * S::LANES <= view.dim {
-                sum_columns::<S, E, SUMS>(view, books.len(), entry, t, out);
-                t += SUMS * S::LANES;
-            }
-            while t + S::LANES <= view.dim {
-                sum_columns::<S, E, 1>(view, books.len(), entry, t, out);
-                t += S::LANES;
-            }
-            for t in t..view.dim {
-                let value = |m: usize| (*entry(m).add(t)).one::<S>();
-                let first = if view.books[0].store { value(0) * view.scale } else { value(0).mul_add(view.scale, 0.0) };
-                out[t] = (1..books.len()).fold(first, |sum, m| value(m).mul_add(view.scale, sum));
-            }
-        }
-    }
-}
-
-/// `N` vectors of a row from column `t`.
-#[inline(always)]
-unsafe fn sum_columns<S: Widen, E: Entry, const N: usize>(
-    view: &BooksView,
-    books: usize,
-    entry: impl Fn(usize) -> *const E,
-    t: usize,
-    out: &mut [f32],
-) {
-    // SAFETY: `N` vectors from `t` lie inside the row.
-    unsafe {
-        let scale = S::splat(view.scale);
-        let mut sums = [S::splat(0.0); N];
-        for m in 0..books {
-            let from = entry(m).add(t);
-            for v in 0..N {
-                let value = E::load::<S>(from.add(v * S::LANES));
-                // A stored -0 must not become 0 + -0 = 0.
-                let stored = m == 0 && view.books[0].store;
-                sums[v] = if stored { value.mul(scale) } else { value.fma(scale, sums[v]) };
-            }
-        }
-        for v in 0..N {
-            sums[v].store(out.as_mut_ptr().add(t + v * S::LANES));
-        }
-    }
-}
-
-/// Values that [`narrow`] gathers before it converts them: they stay in the first level cache, and the wide loads come
+/// Values that [`gather`] collects before it converts them: they stay in the first level cache, and the wide loads come
 /// long enough after the narrow stores not to wait for them.
 const SCRATCH: usize = 1024;
 
-#[inline(always)]
-unsafe fn narrow<S: Widen, E: Entry, const BITS: u32>(view: &BooksView, codes: &[u8], ids: Ids, out: &mut [f32]) {
-    // SAFETY: the width that is matched is the width of the books.
-    unsafe {
-        match view.books[0].width {
-            1 => gather::<S, E, 1, BITS>(view, codes, ids, out),
-            2 => gather::<S, E, 2, BITS>(view, codes, ids, out),
-            3 => gather::<S, E, 3, BITS>(view, codes, ids, out),
-            4 => gather::<S, E, 4, BITS>(view, codes, ids, out),
-            6 => gather::<S, E, 6, BITS>(view, codes, ids, out),
-            _ => any::<S, BITS>(view, codes, ids, out),
-        }
+/// Books side by side, of any widths: the entries of several rows are collected, then converted in one go.
+struct Gather<'a, S, E, const BITS: u32> {
+    view: &'a BooksView<'a>,
+    types: PhantomData<(S, E)>,
+}
+
+impl<S: Widen, E: Entry, const BITS: u32> Decode for Gather<'_, S, E, BITS> {
+    #[inline(always)]
+    unsafe fn decode(&self, rows: &Rows, out: &mut [f32]) {
+        let view = self.view;
+        let step = (SCRATCH / view.dim).max(1) * view.dim;
+        let mut scratch = Vec::<E>::with_capacity(step);
+        let (mut done, mut filled) = (0, 0);
+        let mut source = Source::new::<S>(rows, view.row_bytes);
+        source.each::<S>(|row| {
+            let mut m = 0;
+            for group in &view.groups {
+                let entries = first_entry::<E>(group.entries);
+                // SAFETY: the codes of the group are below 2^bits, which is the number of its entries; they fit the scratch.
+                unsafe {
+                    let copies = (entries, scratch.as_mut_ptr().add(filled), row, view.bits, m, group.starts.len());
+                    match group.width {
+                        1 => copy::<E, 1, BITS>(copies),
+                        2 => copy::<E, 2, BITS>(copies),
+                        3 => copy::<E, 3, BITS>(copies),
+                        4 => copy::<E, 4, BITS>(copies),
+                        5 => copy::<E, 5, BITS>(copies),
+                        6 => copy::<E, 6, BITS>(copies),
+                        7 => copy::<E, 7, BITS>(copies),
+                        8 => copy::<E, 8, BITS>(copies),
+                        width => {
+                            for book in 0..group.starts.len() {
+                                let entry = (book << view.bits) + code::<BITS>(row, view.bits, m + book);
+                                copies.1.add(book * width).copy_from_nonoverlapping(entries.add(entry * width), width);
+                            }
+                        }
+                    }
+                }
+                filled += group.width * group.starts.len();
+                m += group.starts.len();
+            }
+            if filled == step || done + filled == out.len() {
+                // SAFETY: `filled` values of the scratch were written just now.
+                unsafe { place::<S, E>(scratch.as_ptr(), view.scale, true, &mut out[done..done + filled]) };
+                (done, filled) = (done + filled, 0);
+            }
+        });
     }
 }
 
+/// Copies the entries that a row picks from books of one width: books, place, row, bits, first code, number.
 #[inline(always)]
-unsafe fn gather<S: Widen, E: Entry, const WIDTH: usize, const BITS: u32>(
-    view: &BooksView,
-    codes: &[u8],
-    ids: Ids,
-    out: &mut [f32],
+unsafe fn copy<E: Entry, const WIDTH: usize, const BITS: u32>(
+    (entries, to, row, bits, m, count): (*const E, *mut E, *const u8, u32, usize, usize),
 ) {
-    let books: Vec<*const [E; WIDTH]> = view.books.iter().map(|book| first_entry(book.entries)).collect();
-    let mut scratch = [const { std::mem::MaybeUninit::<E>::uninit() }; SCRATCH];
-    let rows = SCRATCH / view.dim;
-    for (batch, out) in out.chunks_mut(rows * view.dim).enumerate() {
-        let mut to = scratch.as_mut_ptr().cast::<[E; WIDTH]>();
-        for row in 0..out.len() / view.dim {
-            let tail = row_codes::<S>(codes, view.row_bytes, &ids, batch * rows + row);
-            for (m, book) in books.iter().enumerate() {
-                // SAFETY: a code is below 2^bits, which is the number of entries; `rows` rows of `dim` values fit the
-                // scratch.
-                unsafe {
-                    to.write(*book.add(code::<BITS>(tail, view.bits, m)));
-                    to = to.add(1);
-                }
-            }
+    let (entries, to) = (entries.cast::<[E; WIDTH]>(), to.cast::<[E; WIDTH]>());
+    for book in 0..count {
+        // SAFETY: passed on to the caller.
+        unsafe {
+            let entry = (book << bits) + code::<BITS>(row, bits, m + book);
+            to.add(book).write(*entries.add(entry));
         }
-        // SAFETY: `out.len()` values of the scratch were written just now.
-        unsafe { place::<S, E>(scratch.as_ptr().cast(), view.scale, true, out) };
     }
 }

@@ -1,18 +1,20 @@
 //! Rows of small numbers with scales.
 
-use super::{check, row_codes, scalar, Ids, Level, LevelsView, Scales, Simd, Widen};
+use super::rows::{Decode, Job, Lookup, Pool, Reader, Source};
+use super::{check, scalar, Bags, Level, LevelsView, Rows, Scales, Widen};
+use std::marker::PhantomData;
 
 /// How a level is read: [`Level`] as a type, so that each has its own loop.
-trait Reader {
+trait LevelType {
     const LEVEL: Level;
     /// Reads `LANES` levels.
     unsafe fn load<S: Widen>(from: *const u8) -> S;
 }
 
-macro_rules! reader {
+macro_rules! level_type {
     ($name:ident, $level:ident, $load:ident) => {
         struct $name;
-        impl Reader for $name {
+        impl LevelType for $name {
             const LEVEL: Level = Level::$level;
             #[inline(always)]
             unsafe fn load<S: Widen>(from: *const u8) -> S {
@@ -23,136 +25,199 @@ macro_rules! reader {
     };
 }
 
-reader!(ReadF16, F16, load_f16);
-reader!(ReadBf16, Bf16, load_bf16);
-reader!(ReadU8, U8, load_u8);
-reader!(ReadU4, U4, load_u4);
-reader!(ReadU2, U2, load_u2);
+level_type!(ReadF16, F16, load_f16);
+level_type!(ReadBf16, Bf16, load_bf16);
+level_type!(ReadU8, U8, load_u8);
+level_type!(ReadU4, U4, load_u4);
+level_type!(ReadU2, U2, load_u2);
 
 #[inline(always)]
-pub(in crate::kernels) unsafe fn lookup_levels<S: Widen>(view: &LevelsView, codes: &[u8], ids: Ids, out: &mut [f32]) {
-    check::levels(view, &ids, out);
-    if let Scales::Row { block, .. } = view.scales {
-        // Vectors start on whole bytes; blocks that do not are rare enough for the plain loop.
-        if block < view.dim && !(block * view.level.bits() as usize).is_multiple_of(8) {
-            return scalar::lookup_levels(view, codes, ids, out);
-        }
-    }
+pub(in crate::kernels) unsafe fn lookup_levels<S: Widen>(view: &LevelsView, rows: &Rows, out: &mut [f32]) {
+    check::levels(view, rows, out);
     // SAFETY: the view was checked; the instruction set is the caller's.
+    unsafe { run::<S>(view, Lookup { rows, out }) }
+}
+
+#[inline(always)]
+pub(in crate::kernels) unsafe fn pool_levels<S: Widen>(view: &LevelsView, bags: &Bags, out: &mut [f32]) {
+    check::pool_levels(view, bags, out);
+    // SAFETY: the view was checked; the instruction set is the caller's.
+    unsafe { run::<S>(view, Pool { bags, out }) }
+}
+
+#[inline(always)]
+unsafe fn run<S: Widen>(view: &LevelsView, job: impl Job) {
+    // SAFETY: passed on to the caller.
     unsafe {
         match view.level {
-            Level::F16 => levels::<S, ReadF16>(view, codes, ids, out),
-            Level::Bf16 => levels::<S, ReadBf16>(view, codes, ids, out),
-            Level::U8 => levels::<S, ReadU8>(view, codes, ids, out),
-            Level::U4 => levels::<S, ReadU4>(view, codes, ids, out),
-            Level::U2 => levels::<S, ReadU2>(view, codes, ids, out),
+            Level::F16 => run_floats::<S, ReadF16>(view, job),
+            Level::Bf16 => run_floats::<S, ReadBf16>(view, job),
+            Level::U8 => run_levels::<S, ReadU8>(view, job),
+            Level::U4 => run_levels::<S, ReadU4>(view, job),
+            Level::U2 => run_levels::<S, ReadU2>(view, job),
         }
     }
 }
 
 #[inline(always)]
-unsafe fn levels<S: Widen, R: Reader>(view: &LevelsView, codes: &[u8], ids: Ids, out: &mut [f32]) {
-    let level_bytes = view.level_bytes();
-    for (position, out) in out.chunks_exact_mut(view.dim).enumerate() {
-        let code = row_codes::<S>(codes, view.row_bytes, &ids, position);
-        // SAFETY: the row has `dim` levels, whole blocks of which start on whole bytes, and a pair for each block.
-        unsafe {
-            match view.scales {
-                Scales::None => span::<S, R>(code, out, Plain),
-                Scales::Columns { scale, offset } => span::<S, R>(code, out, PerColumn { scale, offset }),
-                Scales::Row { block, .. } => {
-                    let block_bytes = block * R::LEVEL.bits() as usize / 8;
-                    for (index, out) in out.chunks_mut(block).enumerate() {
-                        let (scale, offset) = pair::<S, R>(view, &code[level_bytes..], index);
-                        span::<S, R>(&code[index * block_bytes..], out, Shared { scale, offset });
-                    }
-                }
+unsafe fn run_floats<S: Widen, L: LevelType>(view: &LevelsView, job: impl Job) {
+    let plain = matches!(view.scales, Scales::None);
+    // SAFETY: passed on to the caller.
+    unsafe {
+        match plain && view.dim >= S::LANES {
+            true => job.run::<S>(&Vectors::<L, PLAIN> { view, level: PhantomData }, view.row_bytes, view.dim),
+            false => job.rows::<S>(&Spans::<S, L> { view, types: PhantomData }, view.dim),
+        }
+    }
+}
+
+#[inline(always)]
+unsafe fn run_levels<S: Widen, L: LevelType>(view: &LevelsView, job: impl Job) {
+    // Each vector starts on a whole byte and has its scales in one place.
+    let (dim, whole) = (view.dim, view.dim.is_multiple_of(S::LANES));
+    let bytes = dim >= S::LANES && (whole || (dim * L::LEVEL.bits() as usize).is_multiple_of(8));
+    // SAFETY: passed on to the caller.
+    unsafe {
+        match view.scales {
+            Scales::Columns { .. } if bytes => {
+                job.run::<S>(&Vectors::<L, COLUMNS> { view, level: PhantomData }, view.row_bytes, dim)
             }
+            Scales::Row { block, .. } if bytes && block >= dim => {
+                job.run::<S>(&Vectors::<L, ROW> { view, level: PhantomData }, view.row_bytes, dim)
+            }
+            Scales::Row { block, .. } if bytes && whole && block.is_multiple_of(S::LANES) => {
+                job.run::<S>(&Vectors::<L, BLOCKS> { view, level: PhantomData }, view.row_bytes, dim)
+            }
+            _ => job.rows::<S>(&Spans::<S, L> { view, types: PhantomData }, dim),
+        }
+    }
+}
+
+const PLAIN: u8 = 0;
+const COLUMNS: u8 = 1;
+const ROW: u8 = 2;
+const BLOCKS: u8 = 3;
+
+/// Rows of whole vectors of levels; `SCALES` is one of the constants above.
+struct Vectors<'a, L, const SCALES: u8> {
+    view: &'a LevelsView<'a>,
+    level: PhantomData<L>,
+}
+
+impl<S: Widen, L: LevelType, const SCALES: u8> Reader<S> for Vectors<'_, L, SCALES> {
+    #[inline(always)]
+    unsafe fn read<const N: usize>(&self, code: *const u8, vector: usize, dim: usize) -> [S; N] {
+        let start = <Self as Reader<S>>::column(self, vector, dim);
+        // SAFETY: the row has `dim` levels and its pairs; each vector's levels start on a whole byte.
+        unsafe {
+            let pairs = code.add(self.view.level_bytes());
+            let mut shared = (S::splat(1.0), S::splat(0.0));
+            if SCALES == ROW {
+                shared = pair::<S, L>(self.view, pairs, 0);
+            }
+            let mut values = [S::splat(0.0); N];
+            for i in 0..N {
+                let t = start + i * S::LANES;
+                let level = L::load::<S>(code.add(t * L::LEVEL.bits() as usize / 8));
+                values[i] = match (SCALES, self.view.scales) {
+                    (COLUMNS, Scales::Columns { scale, offset }) => {
+                        level.fma(S::load(scale.as_ptr().add(t)), S::load(offset.as_ptr().add(t)))
+                    }
+                    (BLOCKS, Scales::Row { block, .. }) => {
+                        let (scale, offset) = pair::<S, L>(self.view, pairs, t / block);
+                        level.fma(scale, offset)
+                    }
+                    (ROW, _) => level.fma(shared.0, shared.1),
+                    _ => level,
+                };
+            }
+            values
         }
     }
 }
 
 /// Scale and offset of a block, as [`scalar::pair_at`] has it but with the CPU's own conversion.
 #[inline(always)]
-unsafe fn pair<S: Widen, R: Reader>(view: &LevelsView, pairs: &[u8], index: usize) -> (f32, f32) {
+unsafe fn pair<S: Widen, L: LevelType>(view: &LevelsView, pairs: *const u8, index: usize) -> (S, S) {
     let Scales::Row { symmetric, scale_factor, offset_factor, .. } = view.scales else { unreachable!() };
-    // SAFETY: the instruction set is the caller's.
+    // SAFETY: the row has a pair for each block; the instruction set is the caller's.
     unsafe {
+        let number = |at: usize| S::splat(S::one_f16(u16::from_le(pairs.add(2 * at).cast::<u16>().read_unaligned())));
         if symmetric {
-            let scale = S::one_f16(scalar::half_at(pairs, index)) * scale_factor;
-            (scale, -scale * (1u32 << (R::LEVEL.bits() - 1)) as f32)
+            let scale = number(index).mul(S::splat(scale_factor));
+            (scale, scale.mul(S::splat(-((1u32 << (L::LEVEL.bits() - 1)) as f32))))
         } else {
-            let scale = S::one_f16(scalar::half_at(pairs, 2 * index)) * scale_factor;
-            (scale, S::one_f16(scalar::half_at(pairs, 2 * index + 1)) * offset_factor)
+            (number(2 * index).mul(S::splat(scale_factor)), number(2 * index + 1).mul(S::splat(offset_factor)))
         }
     }
 }
 
-/// What makes a value of a level.
-trait Affine {
-    unsafe fn vector<S: Simd>(&self, level: S, t: usize) -> S;
-    fn one(&self, level: f32, t: usize) -> f32;
+/// Rows of any width and blocks of any size: a vector at a time and the rest one by one.
+struct Spans<'a, S, L> {
+    view: &'a LevelsView<'a>,
+    types: PhantomData<(S, L)>,
 }
 
-struct Plain;
-
-struct PerColumn<'a> {
-    scale: &'a [f32],
-    offset: &'a [f32],
-}
-
-struct Shared {
-    scale: f32,
-    offset: f32,
-}
-
-impl Affine for Plain {
+impl<S: Widen, L: LevelType> Decode for Spans<'_, S, L> {
     #[inline(always)]
-    unsafe fn vector<S: Simd>(&self, level: S, _: usize) -> S {
-        level
-    }
-    #[inline(always)]
-    fn one(&self, level: f32, _: usize) -> f32 {
-        level
-    }
-}
-
-impl Affine for PerColumn<'_> {
-    #[inline(always)]
-    unsafe fn vector<S: Simd>(&self, level: S, t: usize) -> S {
-        // SAFETY: scales and offsets have a value for each column, and a vector from `t` stays inside the columns.
-        unsafe { level.fma(S::load(self.scale.as_ptr().add(t)), S::load(self.offset.as_ptr().add(t))) }
-    }
-    #[inline(always)]
-    fn one(&self, level: f32, t: usize) -> f32 {
-        level.mul_add(self.scale[t], self.offset[t])
-    }
-}
-
-impl Affine for Shared {
-    #[inline(always)]
-    unsafe fn vector<S: Simd>(&self, level: S, _: usize) -> S {
-        // SAFETY: the instruction set is the caller's.
-        unsafe { level.fma(S::splat(self.scale), S::splat(self.offset)) }
-    }
-    #[inline(always)]
-    fn one(&self, level: f32, _: usize) -> f32 {
-        level.mul_add(self.scale, self.offset)
+    unsafe fn decode(&self, rows: &Rows, out: &mut [f32]) {
+        let view = self.view;
+        let (dim, bits) = (view.dim, L::LEVEL.bits() as usize);
+        if let Scales::Row { block, .. } = view.scales {
+            // Vectors start on whole bytes; blocks that do not are rare enough for the plain loop.
+            if block < dim && !(block * bits).is_multiple_of(8) {
+                return scalar::lookup_levels(view, rows, out);
+            }
+        }
+        let mut out = out.chunks_exact_mut(dim);
+        let mut source = Source::new::<S>(rows, view.row_bytes);
+        source.each::<S>(|code| {
+            let Some(out) = out.next() else { return };
+            // SAFETY: a row of the source has `row_bytes` bytes.
+            let code = unsafe { std::slice::from_raw_parts(code, view.row_bytes) };
+            // SAFETY: the row has `dim` levels, whole blocks of which start on whole bytes, and a pair for each block.
+            unsafe {
+                match view.scales {
+                    Scales::None => span::<S, L>(code, out, |_| (S::splat(1.0), S::splat(-0.0)), |level, _| level),
+                    Scales::Columns { scale, offset } => span::<S, L>(
+                        code,
+                        out,
+                        |t| (S::load(scale.as_ptr().add(t)), S::load(offset.as_ptr().add(t))),
+                        |level, t| level.mul_add(scale[t], offset[t]),
+                    ),
+                    Scales::Row { block, .. } => {
+                        let pairs = &code[view.level_bytes()..];
+                        for (index, out) in out.chunks_mut(block).enumerate() {
+                            let shared = pair::<S, L>(view, pairs.as_ptr(), index);
+                            let (scale, offset) = scalar::pair_at(view, pairs, index);
+                            let one = |level: f32, _| level.mul_add(scale, offset);
+                            span::<S, L>(&code[index * (block * bits / 8)..], out, |_| shared, one);
+                        }
+                    }
+                }
+            }
+        });
     }
 }
 
-/// `out.len()` levels from the start of `code`.
+/// `out.len()` levels from the start of `code`, as fma(level, scale, offset) in vectors and `one` of the rest.
 #[inline(always)]
-unsafe fn span<S: Widen, R: Reader>(code: &[u8], out: &mut [f32], affine: impl Affine) {
+unsafe fn span<S: Widen, L: LevelType>(
+    code: &[u8],
+    out: &mut [f32],
+    scales: impl Fn(usize) -> (S, S),
+    one: impl Fn(f32, usize) -> f32,
+) {
     let whole = out.len() - out.len() % S::LANES;
     for t in (0..whole).step_by(S::LANES) {
         // SAFETY: `code` holds all levels of `out`; a multiple of the lanes (4 at least, of 2 bits) is whole bytes.
         unsafe {
-            let level = R::load::<S>(code.as_ptr().add(t * R::LEVEL.bits() as usize / 8));
-            affine.vector(level, t).store(out.as_mut_ptr().add(t));
+            let level = L::load::<S>(code.as_ptr().add(t * L::LEVEL.bits() as usize / 8));
+            let (scale, offset) = scales(t);
+            level.fma(scale, offset).store(out.as_mut_ptr().add(t));
         }
     }
     for t in whole..out.len() {
-        out[t] = affine.one(scalar::level_at(R::LEVEL, code, t), t);
+        out[t] = one(scalar::level_at(L::LEVEL, code, t), t);
     }
 }

@@ -14,21 +14,26 @@ mod levels;
 mod nearest;
 mod peak;
 mod products;
+mod rows;
 mod vectors;
 
 pub(super) use beam::{extend, Pack};
-pub(super) use books::lookup_books;
-pub(super) use levels::lookup_levels;
+pub(super) use books::{lookup_books, pool_books};
+pub(super) use levels::{lookup_levels, pool_levels};
 pub(super) use nearest::{nearest, Ahead};
 pub(super) use peak::fma_peak;
 pub(super) use products::products;
-pub(super) use vectors::{add, axpy, max_into, to_f16};
+pub(super) use vectors::{add, axpy, max_into, to_bf16, to_f16};
 
-use super::{check, scalar, BooksView, Extension, Ids, Level, LevelsView, Panels, Products, Scales, Values};
-use crate::bits;
+use super::{
+    check, scalar, Bags, BooksView, Extension, Ids, Level, LevelsView, Panels, Products, Rows, Scales, Values,
+};
 
-/// Rows between the one that is decoded and the one that is fetched from memory.
-const AHEAD: usize = 48;
+/// A loop that is compiled for an instruction set: see [`Widen::enter`].
+pub(in crate::kernels) trait Task {
+    /// Runs the loop.
+    unsafe fn run(self);
+}
 
 /// A vector of `f32`.
 pub(in crate::kernels) trait Simd: Copy {
@@ -68,6 +73,10 @@ pub(in crate::kernels) trait Simd: Copy {
 
 /// Vectors that read narrower numbers: what lookups need. Pointers may be unaligned.
 pub(in crate::kernels) trait Widen: Simd {
+    /// Vectors of half as many lanes, for what is too narrow for these; the narrowest vectors are their own.
+    type Half: Widen;
+    /// Runs a task in a function of its own with the instruction set switched on, so that it has all registers to itself.
+    unsafe fn enter(task: impl Task);
     /// Reads `LANES` numbers of half precision.
     unsafe fn load_f16(from: *const u16) -> Self;
     /// Reads `LANES` numbers of bfloat16.
@@ -80,24 +89,14 @@ pub(in crate::kernels) trait Widen: Simd {
     unsafe fn load_u2(from: *const u8) -> Self;
     /// Rounds to half precision, to nearest even, and writes `LANES` of them.
     unsafe fn store_f16(self, to: *mut u16);
+    /// Rounds to bfloat16, to nearest even, and writes `LANES` of them.
+    unsafe fn store_bf16(self, to: *mut u16);
+    /// Writes `LANES` numbers past the caches, to an address on a whole vector.
+    unsafe fn stream(self, to: *mut f32);
+    /// Makes what was streamed visible to other threads before what is written later.
+    fn fence();
     /// One number of half precision.
     unsafe fn one_f16(bits: u16) -> f32;
     /// Asks for a cache line. Any address is fine.
     fn prefetch(address: *const u8);
-}
-
-/// The codes from the row at `position` to the end, with a row further on asked for.
-#[inline(always)]
-fn row_codes<'a, S: Widen>(codes: &'a [u8], row_bytes: usize, ids: &Ids, position: usize) -> &'a [u8] {
-    if position + AHEAD < ids.len() {
-        let next = codes.as_ptr().wrapping_add(ids.get(position + AHEAD).wrapping_mul(row_bytes));
-        for line in (0..row_bytes).step_by(64) {
-            S::prefetch(next.wrapping_add(line));
-        }
-        // The last byte may stand in one line more.
-        S::prefetch(next.wrapping_add(row_bytes - 1));
-    }
-    let tail = &codes[ids.get(position).wrapping_mul(row_bytes)..];
-    assert!(tail.len() >= row_bytes, "an id outside the codes");
-    tail
 }

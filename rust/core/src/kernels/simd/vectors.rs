@@ -28,13 +28,21 @@ zip!(axpy(weight: f32), |old, new| S::splat(weight).fma(new, old), weight.mul_ad
 zip!(add(), |old, new| old.add(new), old + new);
 zip!(max_into(), |old, new| new.max(old), if new > old { new } else { old });
 
-#[inline(always)]
-pub(in crate::kernels) unsafe fn to_f16<S: Widen>(x: &[f32], out: &mut [u16]) {
-    check::pair(out, x);
-    let whole = out.len() - out.len() % S::LANES;
-    for t in (0..whole).step_by(S::LANES) {
-        // SAFETY: both slices have `LANES` values from `t`.
-        unsafe { S::load(x.as_ptr().add(t)).store_f16(out.as_mut_ptr().add(t)) };
-    }
-    scalar::to_f16(&x[whole..], &mut out[whole..]);
+/// Rounds to a narrower type: whole vectors with the first function, the rest with the second.
+macro_rules! narrow {
+    ($name:ident, $store:ident) => {
+        #[inline(always)]
+        pub(in crate::kernels) unsafe fn $name<S: Widen>(x: &[f32], out: &mut [u16]) {
+            check::pair(out, x);
+            let whole = out.len() - out.len() % S::LANES;
+            for t in (0..whole).step_by(S::LANES) {
+                // SAFETY: both slices have `LANES` values from `t`.
+                unsafe { S::load(x.as_ptr().add(t)).$store(out.as_mut_ptr().add(t)) };
+            }
+            scalar::$name(&x[whole..], &mut out[whole..]);
+        }
+    };
 }
+
+narrow!(to_f16, store_f16);
+narrow!(to_bf16, store_bf16);

@@ -6,7 +6,7 @@ mod vectors;
 
 use super::scalar;
 use super::simd;
-use super::{BooksView, Extension, Grids, Ids, Kernels, LevelsView, Panels, Products};
+use super::{Bags, BooksView, Extension, Grids, Kernels, LevelsView, Panels, Products, Rows};
 use pack::pack;
 use vectors::{Eight, Sixteen};
 
@@ -33,8 +33,10 @@ static AVX2: Kernels = Kernels {
     panel_rows: 8,
     block_centers: 6,
     panel_centers: 16,
-    lookup_books,
-    lookup_levels,
+    lookup_books: avx2_lookup_books,
+    lookup_levels: avx2_lookup_levels,
+    pool_books: avx2_pool_books,
+    pool_levels: avx2_pool_levels,
     pack: pack::<8>,
     nearest: avx2_nearest,
     sift: None,
@@ -46,20 +48,22 @@ static AVX2: Kernels = Kernels {
     axpy,
     add,
     max_into,
-    to_f16,
-    to_bf16,
+    to_f16: avx2_to_f16,
+    to_bf16: avx2_to_bf16,
     carries,
     fma_peak: avx2_fma_peak,
 };
 
-/// 24 sums of 32 registers. Lookups wait for memory, so that wider vectors would not help them.
+/// 24 sums of 32 registers.
 static AVX512: Kernels = Kernels {
     name: "avx512",
     panel_rows: 16,
     block_centers: 8,
     panel_centers: 32,
-    lookup_books,
-    lookup_levels,
+    lookup_books: avx512_lookup_books,
+    lookup_levels: avx512_lookup_levels,
+    pool_books: avx512_pool_books,
+    pool_levels: avx512_pool_levels,
     pack: pack::<16>,
     nearest: avx512_nearest,
     sift: None,
@@ -71,8 +75,8 @@ static AVX512: Kernels = Kernels {
     axpy,
     add,
     max_into,
-    to_f16,
-    to_bf16,
+    to_f16: avx512_to_f16,
+    to_bf16: avx512_to_bf16,
     carries,
     fma_peak: avx512_fma_peak,
 };
@@ -95,10 +99,22 @@ macro_rules! shell {
     };
 }
 
-shell!("avx2,fma,f16c", fn lookup_books(view: &BooksView, codes: &[u8], ids: Ids, out: &mut [f32])
+shell!("avx2,fma,f16c", fn avx2_lookup_books(view: &BooksView, rows: &Rows, out: &mut [f32])
     = simd::lookup_books::<Eight>);
-shell!("avx2,fma,f16c", fn lookup_levels(view: &LevelsView, codes: &[u8], ids: Ids, out: &mut [f32])
+shell!("avx2,fma,f16c", fn avx2_lookup_levels(view: &LevelsView, rows: &Rows, out: &mut [f32])
     = simd::lookup_levels::<Eight>);
+shell!("avx2,fma,f16c", fn avx2_pool_books(view: &BooksView, bags: &Bags, out: &mut [f32])
+    = simd::pool_books::<Eight>);
+shell!("avx2,fma,f16c", fn avx2_pool_levels(view: &LevelsView, bags: &Bags, out: &mut [f32])
+    = simd::pool_levels::<Eight>);
+shell!("avx512f,avx512bw,avx512vl,avx2,fma,f16c", fn avx512_lookup_books(view: &BooksView, rows: &Rows, out: &mut [f32])
+    = simd::lookup_books::<Sixteen>);
+shell!("avx512f,avx512bw,avx512vl,avx2,fma,f16c", fn avx512_lookup_levels(view: &LevelsView, rows: &Rows, out: &mut [f32])
+    = simd::lookup_levels::<Sixteen>);
+shell!("avx512f,avx512bw,avx512vl,avx2,fma,f16c", fn avx512_pool_books(view: &BooksView, bags: &Bags, out: &mut [f32])
+    = simd::pool_books::<Sixteen>);
+shell!("avx512f,avx512bw,avx512vl,avx2,fma,f16c", fn avx512_pool_levels(view: &LevelsView, bags: &Bags, out: &mut [f32])
+    = simd::pool_levels::<Sixteen>);
 shell!("avx2,fma,f16c", fn axpy(out: &mut [f32], x: &[f32], weight: f32) = simd::axpy::<Eight>);
 shell!("avx2,fma,f16c", fn add(out: &mut [f32], x: &[f32]) = simd::add::<Eight>);
 shell!("avx2,fma,f16c", fn max_into(out: &mut [f32], x: &[f32]) = simd::max_into::<Eight>);
@@ -121,16 +137,10 @@ shell!("avx2,fma,f16c", fn avx2_fma_peak(rounds: usize) -> f32 = simd::fma_peak:
 shell!("avx512f,avx512bw,avx512vl,avx2,fma,f16c", fn avx512_fma_peak(rounds: usize) -> f32
     = simd::fma_peak::<Sixteen, 12>);
 
-shell!("avx2,fma,f16c", fn to_f16(x: &[f32], out: &mut [u16]) = simd::to_f16::<Eight>);
-
-fn to_bf16(x: &[f32], out: &mut [u16]) {
-    #[target_feature(enable = "avx2")]
-    fn inside(x: &[f32], out: &mut [u16]) {
-        scalar::to_bf16(x, out)
-    }
-    // SAFETY: the tables of this file are handed out only where the CPU has the feature.
-    unsafe { inside(x, out) }
-}
+shell!("avx2,fma,f16c", fn avx2_to_f16(x: &[f32], out: &mut [u16]) = simd::to_f16::<Eight>);
+shell!("avx2,fma,f16c", fn avx2_to_bf16(x: &[f32], out: &mut [u16]) = simd::to_bf16::<Eight>);
+shell!("avx512f,avx512bw,avx512vl,avx2,fma,f16c", fn avx512_to_f16(x: &[f32], out: &mut [u16]) = simd::to_f16::<Sixteen>);
+shell!("avx512f,avx512bw,avx512vl,avx2,fma,f16c", fn avx512_to_bf16(x: &[f32], out: &mut [u16]) = simd::to_bf16::<Sixteen>);
 
 fn carries(words: &[u32], mask: u32, one: u32) -> u32 {
     #[target_feature(enable = "avx2")]

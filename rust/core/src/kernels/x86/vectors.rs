@@ -1,6 +1,6 @@
 //! The vector operations of AVX2 and AVX-512.
 
-use crate::kernels::simd::{Pack, Simd, Widen};
+use crate::kernels::simd::{Pack, Simd, Task, Widen};
 use std::arch::x86_64::*;
 
 /// Eight numbers in an AVX register.
@@ -91,6 +91,17 @@ impl Simd for Eight {
 }
 
 impl Widen for Eight {
+    type Half = Eight;
+    #[inline(always)]
+    unsafe fn enter(task: impl Task) {
+        #[target_feature(enable = "avx2,fma,f16c")]
+        unsafe fn inside(task: impl Task) {
+            // SAFETY: this function has the features of the task's vectors.
+            unsafe { task.run() }
+        }
+        // SAFETY: the caller has the instruction set.
+        unsafe { inside(task) }
+    }
     operations! {
         fn load_f16(from: *const u16) -> Self = Eight(_mm256_cvtph_ps(_mm_loadu_si128(from.cast())));
         fn load_bf16(from: *const u16) -> Self = {
@@ -116,6 +127,31 @@ impl Widen for Eight {
     unsafe fn store_f16(self, to: *mut u16) {
         // SAFETY: the caller has the instruction set and room for a vector.
         unsafe { _mm_storeu_si128(to.cast(), _mm256_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(self.0)) }
+    }
+    #[inline(always)]
+    unsafe fn store_bf16(self, to: *mut u16) {
+        // SAFETY: the caller has the instruction set and room for a vector.
+        unsafe {
+            let bits = _mm256_castps_si256(self.0);
+            let upper = _mm256_srli_epi32::<16>(bits);
+            let even = _mm256_add_epi32(_mm256_and_si256(upper, _mm256_set1_epi32(1)), _mm256_set1_epi32(0x7fff));
+            let rounded = _mm256_srli_epi32::<16>(_mm256_add_epi32(bits, even));
+            let quiet = _mm256_or_si256(upper, _mm256_set1_epi32(0x40));
+            let nan = _mm256_castps_si256(_mm256_cmp_ps::<_CMP_UNORD_Q>(self.0, self.0));
+            let all = _mm256_blendv_epi8(rounded, quiet, nan);
+            let packed = _mm256_permute4x64_epi64::<0b1000>(_mm256_packus_epi32(all, all));
+            _mm_storeu_si128(to.cast(), _mm256_castsi256_si128(packed));
+        }
+    }
+    #[inline(always)]
+    unsafe fn stream(self, to: *mut f32) {
+        // SAFETY: the caller has the instruction set and an aligned place for a vector.
+        unsafe { _mm256_stream_ps(to, self.0) }
+    }
+    #[inline(always)]
+    fn fence() {
+        // SAFETY: every CPU of this architecture has the instruction.
+        unsafe { _mm_sfence() }
     }
     #[inline(always)]
     fn prefetch(address: *const u8) {
@@ -208,5 +244,75 @@ impl Pack for Sixteen {
     fn fetch(address: *const f32) {
         // SAFETY: a prefetch does not fault, whatever the address.
         unsafe { _mm_prefetch::<_MM_HINT_T0>(address.cast()) }
+    }
+}
+
+impl Widen for Sixteen {
+    type Half = Eight;
+    #[inline(always)]
+    unsafe fn enter(task: impl Task) {
+        #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx2,fma,f16c")]
+        unsafe fn inside(task: impl Task) {
+            // SAFETY: this function has the features of the task's vectors.
+            unsafe { task.run() }
+        }
+        // SAFETY: the caller has the instruction set.
+        unsafe { inside(task) }
+    }
+    operations! {
+        fn load_f16(from: *const u16) -> Self = Sixteen(_mm512_cvtph_ps(_mm256_loadu_si256(from.cast())));
+        fn load_bf16(from: *const u16) -> Self = {
+            let wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(from.cast()));
+            Sixteen(_mm512_castsi512_ps(_mm512_slli_epi32::<16>(wide)))
+        };
+        fn load_u8(from: *const u8) -> Self = {
+            Sixteen(_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(from.cast()))))
+        };
+        fn load_u4(from: *const u8) -> Self = {
+            // Low and high nibbles of each byte side by side.
+            let all = _mm_loadl_epi64(from.cast());
+            let both = _mm_unpacklo_epi8(all, _mm_srli_epi16::<4>(all));
+            let each = _mm512_cvtepu8_epi32(_mm_and_si128(both, _mm_set1_epi8(15)));
+            Sixteen(_mm512_cvtepi32_ps(each))
+        };
+        fn load_u2(from: *const u8) -> Self = {
+            let all = _mm512_set1_epi32(from.cast::<i32>().read_unaligned());
+            let places = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+            let each = _mm512_and_si512(_mm512_srlv_epi32(all, places), _mm512_set1_epi32(3));
+            Sixteen(_mm512_cvtepi32_ps(each))
+        };
+        fn one_f16(bits: u16) -> f32 = Eight::one_f16(bits);
+    }
+    #[inline(always)]
+    unsafe fn store_f16(self, to: *mut u16) {
+        // SAFETY: the caller has the instruction set and room for a vector.
+        unsafe { _mm256_storeu_si256(to.cast(), _mm512_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(self.0)) }
+    }
+    #[inline(always)]
+    unsafe fn store_bf16(self, to: *mut u16) {
+        // SAFETY: the caller has the instruction set and room for a vector.
+        unsafe {
+            let bits = _mm512_castps_si512(self.0);
+            let upper = _mm512_srli_epi32::<16>(bits);
+            let even = _mm512_add_epi32(_mm512_and_si512(upper, _mm512_set1_epi32(1)), _mm512_set1_epi32(0x7fff));
+            let rounded = _mm512_srli_epi32::<16>(_mm512_add_epi32(bits, even));
+            let nan = _mm512_cmp_ps_mask::<_CMP_UNORD_Q>(self.0, self.0);
+            let all = _mm512_mask_or_epi32(rounded, nan, upper, _mm512_set1_epi32(0x40));
+            _mm256_storeu_si256(to.cast(), _mm512_cvtepi32_epi16(all));
+        }
+    }
+    #[inline(always)]
+    unsafe fn stream(self, to: *mut f32) {
+        // SAFETY: the caller has the instruction set and an aligned place for a vector.
+        unsafe { _mm512_stream_ps(to, self.0) }
+    }
+    #[inline(always)]
+    fn fence() {
+        // SAFETY: every CPU of this architecture has the instruction.
+        unsafe { _mm_sfence() }
+    }
+    #[inline(always)]
+    fn prefetch(address: *const u8) {
+        Eight::prefetch(address);
     }
 }
