@@ -566,7 +566,9 @@ pub fn forced_error() -> Option<String> {
 
 /// The preconditions of the kernels, checked once a call: with them no pointer of a fast path leaves its slice.
 mod check {
-    use super::{bits, Bags, BooksView, Coarse, Extension, Grids, LevelsView, Panels, Products, Rows, Scales, BEAM_PADDING};
+    use super::{
+        bits, Bags, BooksView, Coarse, Extension, Grids, LevelsView, Panels, Products, Rows, Scales, BEAM_PADDING,
+    };
 
     fn output(rows: &Rows, dim: usize, row_bytes: usize, out: &[f32]) {
         assert!(dim > 0 && row_bytes > 0 && rows.range.start <= rows.range.end, "dim, row_bytes or range of rows");

@@ -1,7 +1,8 @@
 //! The meaning of every kernel: one plain loop each.
 
 use super::{
-    check, Bags, BooksView, Extension, Grids, Kernels, Level, LevelsView, Panels, Products, Rows, Scales, Values, PEAK_FMAS,
+    check, Bags, BooksView, Extension, Grids, Kernels, Level, LevelsView, Panels, Products, Rows, Scales, Values,
+    PEAK_FMAS,
 };
 use crate::bits;
 use half::{bf16, f16};

@@ -126,9 +126,7 @@ fn lookups(
                         let weight = |i: i64| weights.map_or(1.0, |weights| weights[i as usize]);
                         let value = match max {
                             true => (*from..*to).map(row).reduce(|a, b| if b > a { b } else { a }),
-                            false => {
-                                (*from..*to).fold(Some(0.0), |sum, i| sum.map(|sum| row(i).mul_add(weight(i), sum)))
-                            }
+                            false => Some((*from..*to).fold(0.0, |sum, i| row(i).mul_add(weight(i), sum))),
                         };
                         prop_assert_eq!(value.map(f32::to_bits), Some(all[bag * dim + t].to_bits()));
                     }

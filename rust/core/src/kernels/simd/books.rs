@@ -201,12 +201,15 @@ unsafe fn join<S: Widen, E: Entry, const WIDTH: usize>(entry: impl Fn(usize) -> 
             return E::load::<S>(entry(0).add(offset));
         }
         let mut words = [0u64; 8];
-        for i in 0..S::LANES * size_of::<E>() / 8 {
-            let part = |place: usize| u64::from(entry(place).cast::<u32>().read_unaligned());
-            words[i] = match bytes {
-                4 => part(2 * i) | part(2 * i + 1) << 32,
-                _ => entry(i * 8 / bytes).cast::<u8>().add(i * 8 % bytes).cast::<u64>().read_unaligned(),
-            };
+        for place in 0..S::LANES / WIDTH {
+            let (from, at) = (entry(place), place * bytes);
+            if bytes == 4 {
+                words[at / 8] |= u64::from(from.cast::<u32>().read_unaligned()) << (at % 8 * 8);
+            } else {
+                for word in 0..bytes / 8 {
+                    words[at / 8 + word] = from.cast::<u64>().add(word).read_unaligned();
+                }
+            }
         }
         E::load::<S>(words.as_ptr().cast())
     }
@@ -253,18 +256,18 @@ impl<S: Widen, E: Entry, const BITS: u32> Reader<S> for Parts<S, E, BITS> {
 
     #[inline(always)]
     unsafe fn read<const N: usize>(&self, row: *const u8, vector: usize, _: usize) -> [S; N] {
-        let mut values = [unsafe { S::splat(0.0) }; N];
-        for i in 0..N {
-            let (_, group, m, t) = self.vectors[vector + i];
-            let books = &self.books[group as usize];
-            // SAFETY: the group has the book, and its entries a vector from `t`.
-            values[i] = unsafe {
+        // SAFETY: each group has its books, and their entries a vector from `t`.
+        unsafe {
+            let mut values = [S::splat(0.0); N];
+            for i in 0..N {
+                let (_, group, m, t) = self.vectors[vector + i];
+                let books = &self.books[group as usize];
                 let entry = books.first.wrapping_add(((m as usize) << books.bits) * books.width);
                 let entry = entry.wrapping_add(code::<BITS>(row, books.bits, m as usize) * books.width);
-                E::load::<S>(entry.add(t as usize)).mul(S::splat(books.scale))
-            };
+                values[i] = E::load::<S>(entry.add(t as usize)).mul(S::splat(books.scale));
+            }
+            values
         }
-        values
     }
 }
 
