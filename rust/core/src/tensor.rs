@@ -1,6 +1,9 @@
 //! Named arrays whose bytes are owned or borrowed from a mapped file: what decoders are made of.
 
 use crate::error::{Error, Result};
+#[cfg(target_os = "linux")]
+use memmap2::Advice;
+use memmap2::MmapMut;
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -31,6 +34,25 @@ impl Bytes for Owned {
     }
 }
 
+impl Bytes for MmapMut {
+    fn bytes(&self) -> &[u8] {
+        self
+    }
+}
+
+/// Bytes from which a buffer has pages of its own, large ones where the system has them: rows that are read at random
+/// would else wait for the address of their page as long as for their codes.
+const PAGES: usize = 4 << 20;
+
+fn large_pages(bytes: &[u8]) -> Option<MmapMut> {
+    let mut pages = (bytes.len() >= PAGES).then(|| MmapMut::map_anon(bytes.len()).ok()).flatten()?;
+    // Refused where the system is built without them, and then they are ordinary pages.
+    #[cfg(target_os = "linux")]
+    let _ = pages.advise(Advice::HugePage);
+    pages.copy_from_slice(bytes);
+    Some(pages)
+}
+
 /// A range of shared bytes. Cloning shares.
 #[derive(Clone)]
 pub struct Buffer {
@@ -41,6 +63,9 @@ pub struct Buffer {
 impl Buffer {
     /// A copy of `bytes`, aligned to 64 bytes.
     pub fn copy_of(bytes: &[u8]) -> Self {
+        if let Some(pages) = large_pages(bytes) {
+            return Buffer { source: Arc::new(pages), range: 0..bytes.len() };
+        }
         let mut lines = vec![Line([0; 64]); bytes.len().div_ceil(64)];
         bytemuck::cast_slice_mut(&mut lines)[..bytes.len()].copy_from_slice(bytes);
         Buffer { source: Arc::new(Owned { lines, len: bytes.len() }), range: 0..bytes.len() }
