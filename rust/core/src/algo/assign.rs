@@ -2,7 +2,7 @@
 
 use super::kmeans::{normalized, Metric};
 use super::nearest::{Centroids, Columns};
-use crate::error::Result;
+use crate::error::{zeros, Result};
 use crate::matrix::Matrix;
 use crate::pool::Context;
 
@@ -28,7 +28,7 @@ pub fn predict(x: Matrix, centers: Matrix, metric: Metric, ctx: &Context) -> Res
 
 /// The distance of each row to every centre, or one minus the cosine: rows x centres.
 pub fn transform(x: Matrix, centers: Matrix, metric: Metric, ctx: &Context) -> Result<Vec<f32>> {
-    let mut out = vec![0.0; x.rows() * centers.rows()];
+    let mut out = zeros("the distances to all centers", x.rows().checked_mul(centers.rows()))?;
     let centroids = Centroids::new(centers.data(), centers.dim());
     with_metric(x, metric, |rows| {
         ctx.chunks(&mut out, BLOCK * centers.rows(), |block, out| {

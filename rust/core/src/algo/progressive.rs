@@ -34,8 +34,9 @@ const COVARIANCE_ROWS: usize = 8192;
 const POWER_STEPS: usize = 6;
 
 /// Whether there are many columns, and more distinct rows than centres: else each row should get a centre of its own.
-pub(super) fn helps(rows: &Rows, count: usize) -> bool {
-    (FIRST * 3 / 2 + 1..=MOST_COLUMNS).contains(&rows.x.width()) && seeding::more_distinct_than(rows, count)
+pub(super) fn helps(rows: &Rows, count: usize, ctx: &Context) -> Result<bool> {
+    let wide = (FIRST * 3 / 2 + 1..=MOST_COLUMNS).contains(&rows.x.width());
+    Ok(wide && seeding::more_distinct_than(rows, count, ctx)?)
 }
 
 /// Centres for all columns of `rows`, or fewer than `count` if the rows have fewer distinct values.
@@ -91,12 +92,12 @@ fn leading_directions(x: Columns, count: usize, rng: &mut Rng, ctx: &Context) ->
     let covariance = covariance(x, rng, ctx)?;
     let mut directions: Vec<f32> = (0..count * width).map(|_| rng.normal() as f32).collect();
     for _ in 0..POWER_STEPS {
-        orthonormalize(&mut directions, width);
+        orthonormalize(&mut directions, width, ctx)?;
         // The covariance is symmetric: its rows' products with the directions are its columns'.
         let images = products(Columns::contiguous(&directions, width), &covariance, ctx)?;
         directions = images;
     }
-    orthonormalize(&mut directions, width);
+    orthonormalize(&mut directions, width, ctx)?;
     Ok(directions)
 }
 
@@ -130,8 +131,9 @@ fn products(x: Columns, others: &[f32], ctx: &Context) -> Result<Vec<f32>> {
 }
 
 /// Gram and Schmidt, in order; directions that vanish stay zero.
-fn orthonormalize(directions: &mut [f32], width: usize) {
+fn orthonormalize(directions: &mut [f32], width: usize, ctx: &Context) -> Result<()> {
     for at in 0..directions.len() / width {
+        ctx.check()?;
         let (before, rest) = directions.split_at_mut(at * width);
         let direction = &mut rest[..width];
         let size = norm(direction);
@@ -146,6 +148,7 @@ fn orthonormalize(directions: &mut [f32], width: usize) {
         let keep = if left > 1e-6 * size { 1.0 / left } else { 0.0 };
         direction.iter_mut().for_each(|d| *d = (f64::from(*d) * keep) as f32);
     }
+    Ok(())
 }
 
 fn norm(values: &[f32]) -> f64 {

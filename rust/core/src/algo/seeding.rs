@@ -106,10 +106,11 @@ fn rounds(rows: &Rows, count: usize, centers: Vec<f32>, rng: &mut Rng, ctx: &Con
 }
 
 /// `count` different rows in random order, the heavier the earlier; fewer if there are fewer distinct rows.
-pub(super) fn random(rows: &Rows, count: usize, rng: &mut Rng) -> Vec<f32> {
+pub(super) fn random(rows: &Rows, count: usize, rng: &mut Rng, ctx: &Context) -> Result<Vec<f32>> {
     // The order of exponential times with the weights as rates is a draw without replacement.
     let mut times = Vec::new();
     for row in 0..rows.x.rows() {
+        look(row, ctx)?;
         let time = -(1.0 - rng.uniform()).ln() / rows.pull(row);
         if time.is_finite() {
             times.push((time, row));
@@ -118,7 +119,8 @@ pub(super) fn random(rows: &Rows, count: usize, rng: &mut Rng) -> Vec<f32> {
     times.sort_by(|a, b| a.0.total_cmp(&b.0).then(a.1.cmp(&b.1)));
     let mut seen = HashSet::new();
     let mut centers = Vec::new();
-    for (_, row) in times {
+    for (number, (_, row)) in times.into_iter().enumerate() {
+        look(number, ctx)?;
         let row = rows.x.row(row);
         if seen.len() < count && seen.insert(key(row)) {
             centers.extend_from_slice(row);
@@ -128,13 +130,27 @@ pub(super) fn random(rows: &Rows, count: usize, rng: &mut Rng) -> Vec<f32> {
         // No row pulls: any will do.
         centers.extend_from_slice(rows.x.row(0));
     }
-    centers
+    Ok(centers)
 }
 
 /// Whether more than `count` rows differ from each other. Rows of most tables tell after `count + 1` of them.
-pub(super) fn more_distinct_than(rows: &Rows, count: usize) -> bool {
+pub(super) fn more_distinct_than(rows: &Rows, count: usize, ctx: &Context) -> Result<bool> {
     let mut seen = HashSet::new();
-    (0..rows.x.rows()).any(|row| seen.insert(key(rows.x.row(row))) && seen.len() > count)
+    for row in 0..rows.x.rows() {
+        look(row, ctx)?;
+        if seen.insert(key(rows.x.row(row))) && seen.len() > count {
+            return Ok(true);
+        }
+    }
+    Ok(false)
+}
+
+/// Fails now and then if the caller asked to stop: for loops over single rows.
+fn look(row: usize, ctx: &Context) -> Result<()> {
+    if row.is_multiple_of(1 << 14) {
+        ctx.check()?;
+    }
+    Ok(())
 }
 
 /// `centers` and, if they are fewer than `count`, others drawn far from them.

@@ -248,12 +248,12 @@ impl<'a> KMeans<'a> {
         let mut centers = match self.init {
             Init::PlusPlus => seeding::plus_plus(rows, self.n_clusters, rng, ctx)?,
             Init::PlusPlusRounds => seeding::in_rounds(rows, self.n_clusters, rng, ctx)?,
-            Init::Progressive if progressive::helps(rows, self.n_clusters) => {
+            Init::Progressive if progressive::helps(rows, self.n_clusters, ctx)? => {
                 let centers = progressive::centers(rows, self.n_clusters, rng, ctx)?;
                 seeding::filled_up(rows, self.n_clusters, centers, rng, ctx)?
             }
             Init::Progressive => seeding::in_rounds(rows, self.n_clusters, rng, ctx)?,
-            Init::Random => seeding::random(rows, self.n_clusters, rng),
+            Init::Random => seeding::random(rows, self.n_clusters, rng, ctx)?,
             Init::Centers(centers) => centers.to_vec(),
         };
         if self.metric == Metric::Cosine {
