@@ -18,7 +18,7 @@ const RECOUNT: usize = 16;
 const COMPARED: usize = 1024;
 
 /// Multiply-adds of a row from which bounds are worth their upkeep, a few nanoseconds.
-const PRUNABLE: usize = 2048;
+const PRUNABLE: usize = 8192;
 
 /// Rows of a chunk that tell whether bounds would pay: where fewer than half of the rows stay open.
 const PROBED: usize = 64;
@@ -309,7 +309,7 @@ mod tests {
     /// What is spared changes no label, on rows that bounds suit and on others, whether float32 decides or float64.
     #[test]
     fn pruning_changes_nothing() {
-        let (n, width, clusters, ctx) = (6000, 16, 130, Context::new(Some(2), 0));
+        let (n, width, clusters, ctx) = (6000, 64, 130, Context::new(Some(2), 0));
         for (spread, rounded) in [(10.0, false), (1.0, false), (0.0, false), (3.0, true)] {
             let mut rng = Rng::new(5);
             let means: Vec<f64> = (0..clusters * width).map(|_| spread * rng.normal()).collect();
