@@ -197,7 +197,8 @@ pub enum Rows<'py> {
     Bf16(Bound<'py, PyArrayDyn<u16>>),
 }
 
-/// Bytes above which NumPy itself makes the array: it raises a MemoryError where there is no room.
+/// Bytes above which NumPy itself makes the array: it raises a MemoryError where there is no room. NumPy asks for large
+/// pages, without which mapping a fresh array would take ten times as long as filling it.
 const LARGE: usize = 1 << 24;
 
 impl<'py> Rows<'py> {
