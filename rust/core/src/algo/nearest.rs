@@ -80,6 +80,12 @@ const PACKED_STEP: usize = 48;
 /// Values that are packed at a time, about: they stay in the second level cache while the centres pass by.
 const PACKED_VALUES: usize = 1 << 17;
 
+/// Distances of doubtful rows that are held at a time, about.
+const SETTLED: usize = 1 << 18;
+
+/// Doubtful rows that are settled at a time, at least: those that pass by the centres together.
+const SETTLED_ROWS: usize = 12;
+
 /// Multiply-adds between two looks at the context: some hundredths of a second.
 const WORK: usize = 1 << 28;
 
@@ -215,15 +221,22 @@ impl Centroids {
     pub fn exact_block(&self, x: Columns, labels: &mut [u32], distances: Option<&mut [f32]>) {
         self.check(x, labels.len(), distances.as_deref());
         let mut scratch = Scratch::new(self.width, true);
+        let mut doubtful = Vec::new();
         for first in (0..x.rows()).step_by(scratch.rows) {
             let last = x.rows().min(first + scratch.rows);
             scratch.run(self, x.block(first..last));
+            // Most rows need no bound of their own.
+            let most = 2.0 * self.error_at(scratch.largest_norm(self, last - first));
             for row in first..last {
                 let (label, best, second) = scratch.result(row - first);
-                let sure = f64::from(second) - f64::from(best) > 2.0 * self.error_bound(x.row(row));
-                labels[row] = if sure { label } else { self.settle(x.row(row), label) };
+                let gap = f64::from(second) - f64::from(best);
+                labels[row] = label;
+                if !(gap > most || gap > 2.0 * self.error_bound(x.row(row))) {
+                    doubtful.push(row);
+                }
             }
         }
+        self.settle(x, &doubtful, labels);
         if let Some(distances) = distances {
             self.distances_to(x, labels, distances);
         }
@@ -261,29 +274,52 @@ impl Centroids {
     ///
     /// With u = 2^-24: moving the row and the centre rounds each value once, which changes half the squared distance by
     /// at most u |x - c| (|x| + |c|) <= u (|x| + |c|)^2; the half norm is rounded once; and each step of the chain of
-    /// `width` steps rounds a partial sum that is at most |c|^2 / 2 + |x| |c|. Twice that covers terms of order
-    /// u^2 and the rounding of |x|.
+    /// `width` steps rounds a partial sum that is at most |c|^2 / 2 + |x| |c|. Errors before make a partial sum larger by
+    /// `width` u of that, |x| is known to (`width` + 4) u / 2 of itself, and all else is of order u: 4 (`width` + 4) u
+    /// more covers them. The smallest normal number a step covers values that are too small to be squared.
     pub fn error_bound(&self, row: &[f32]) -> f64 {
         self.error_at(f64::from(near_distance(row, &self.shift)).sqrt())
     }
 
     /// [`Centroids::error_bound`] of any row whose norm, when moved, is at most this.
     pub fn error_at(&self, norm: f64) -> f64 {
+        let unit = f64::from(f32::EPSILON) / 2.0;
         let steps = (self.width + 1) as f64 * (self.reach * self.reach / 2.0 + norm * self.reach);
-        2.0 * f64::from(f32::EPSILON) / 2.0 * (steps + (norm + self.reach).powi(2)) + f64::from(f32::MIN_POSITIVE)
+        let above = 1.0 + 4.0 * (self.width + 4) as f64 * unit;
+        unit * above * (steps + (norm + self.reach).powi(2)) + f64::from(f32::MIN_POSITIVE) * self.width as f64
     }
 
-    /// The nearest centre in float64; `guess` is near and lets most others be dropped early.
-    fn settle(&self, row: &[f32], guess: u32) -> u32 {
-        let center = |j: usize| &self.centers[j * self.width..][..self.width];
-        let (mut label, mut low) = (guess, squared_distance(row, center(guess as usize)));
-        for j in 0..self.count {
-            let distance = bounded_distance(row, center(j), low);
-            if distance < low || (distance == low && (j as u32) < label) {
-                (label, low) = (j as u32, distance);
+    /// The nearest centres of some rows in float64, among those whose distance in float32 is within its error of the
+    /// lowest.
+    ///
+    /// With u = 2^-24: the difference, the square and each of at most `width` additions of terms that are not negative
+    /// are rounded to u of themselves, so that the sum has an error of (1 + u)^(width + 2) - 1 of itself. Three times
+    /// that covers the errors of both distances and terms of order u^2; the smallest numbers lose more, but no more than
+    /// the smallest normal one a term.
+    fn settle(&self, x: Columns, rows: &[usize], labels: &mut [u32]) {
+        let factor = 1.0 + 1.5 * f64::from(f32::EPSILON) * (self.width + 3) as f64;
+        let tiny = f64::from(f32::MIN_POSITIVE) * self.width as f64;
+        let (mut values, mut distances) = (Vec::new(), Vec::new());
+        for rows in rows.chunks((SETTLED / self.count).clamp(SETTLED_ROWS, PACKED_ROWS)) {
+            values.clear();
+            rows.iter().for_each(|row| values.extend_from_slice(x.row(*row)));
+            distances.resize(rows.len() * self.count, 0.0);
+            self.distances_block(Columns::contiguous(&values, self.width), &mut distances);
+            for (row, distances) in rows.iter().zip(distances.chunks_exact(self.count)) {
+                // Infinite where it is too large for single precision: all centres are compared then.
+                let limit = (f64::from(lowest(distances)) * factor + tiny) as f32;
+                let mut low = f64::INFINITY;
+                for (j, near) in distances.iter().enumerate() {
+                    if *near <= limit {
+                        let center = &self.centers[j * self.width..][..self.width];
+                        let distance = bounded_distance(x.row(*row), center, low);
+                        if distance < low {
+                            (labels[*row], low) = (j as u32, distance);
+                        }
+                    }
+                }
             }
         }
-        label
     }
 
     /// The squared distance of each row to the centre of its label.
@@ -421,6 +457,28 @@ impl Scratch {
         self.compare(centroids, x, centroids.width, 0, 0, 1);
     }
 
+    /// The largest norm of the packed rows.
+    fn largest_norm(&self, centroids: &Centroids, rows: usize) -> f64 {
+        let lanes = centroids.kernels.panel_rows;
+        assert!(16 % lanes == 0, "panels of {lanes} rows");
+        let mut largest = 0.0f32;
+        for panel in self.panels.chunks_exact(lanes * centroids.width).take(rows.div_ceil(lanes)) {
+            // Sixteen running sums, so that the compiler can use vectors: some for each row.
+            let mut sums = [0.0f32; 16];
+            let mut chunks = panel.chunks_exact(16);
+            for values in &mut chunks {
+                for i in 0..16 {
+                    sums[i] += values[i] * values[i];
+                }
+            }
+            sums.iter_mut().zip(chunks.remainder()).for_each(|(sum, value)| *sum += value * value);
+            for row in 0..lanes {
+                largest = largest.max(sums[row..].iter().step_by(lanes).sum());
+            }
+        }
+        f64::from(largest).sqrt()
+    }
+
     fn result(&self, row: usize) -> (u32, f32, f32) {
         (self.labels[row], self.best[row], self.second[row])
     }
@@ -523,6 +581,19 @@ fn near_distance(a: &[f32], b: &[f32]) -> f32 {
     }
     let rest: f32 = a.remainder().iter().zip(b.remainder()).map(|(a, b)| (a - b) * (a - b)).sum();
     sums.iter().sum::<f32>() + rest
+}
+
+/// The lowest of some values: sixteen running minima, so that the compiler can use vectors.
+fn lowest(values: &[f32]) -> f32 {
+    let lower = |a: f32, b: f32| if b < a { b } else { a };
+    let mut lows = [f32::INFINITY; 16];
+    let mut chunks = values.chunks_exact(16);
+    for values in &mut chunks {
+        for i in 0..16 {
+            lows[i] = lower(lows[i], values[i]);
+        }
+    }
+    lows.iter().chain(chunks.remainder()).fold(f32::INFINITY, |a, b| lower(a, *b))
 }
 
 #[cfg(test)]
@@ -631,6 +702,38 @@ mod tests {
                 centroids.nearest_block(x, &mut got[0], None);
                 centroids.exact_block(x, &mut got[1], None);
                 assert_eq!(*expected.get_or_insert_with(|| got.clone()), got, "step {step} {}", table.name);
+            }
+        }
+    }
+
+    #[test]
+    fn near_ties_are_decided_as_in_double() {
+        // Few and enough values for a first pass in bfloat16. Rows lie between two centres, up to rounding, and some of
+        // these are repeated; then all is far from the origin; then centres are close together, seen from the rows.
+        for (seed, (width, count)) in [(5, 40), (64, 800), (129, 800), (384, 300)].into_iter().enumerate() {
+            let rng = &mut Rng::new(seed as u64);
+            let rows = 120;
+            let mut centers = normal(rng, count * width);
+            centers.copy_within(0..count / 4 * width, count / 2 * width);
+            let mut x = Vec::new();
+            for row in 0..rows {
+                let (a, b) = (rng.below(count) * width, rng.below(count) * width);
+                let part = if row % 3 == 0 { 0.45 } else { 0.5 };
+                x.extend((0..width).map(|t| centers[a + t] * part + centers[b + t] * (1.0 - part)));
+            }
+            for step in 0..3 {
+                match step {
+                    1 => x.iter_mut().chain(&mut centers).for_each(|v| *v += 100.0),
+                    2 => centers.iter_mut().for_each(|v| *v = 100.0 + (*v - 100.0) / 1024.0),
+                    _ => {}
+                }
+                let x = Columns::contiguous(&x, width);
+                let expected = brute(x, &centers);
+                for table in kernels::available() {
+                    let mut labels = vec![0; rows];
+                    Centroids::with_kernels(table, &centers, width).exact_block(x, &mut labels, None);
+                    assert_eq!(labels, expected, "{width} {count} step {step} {}", table.name);
+                }
             }
         }
     }

@@ -25,9 +25,9 @@ pub(in crate::kernels) unsafe fn nearest<
     // SAFETY: everything was checked; the instruction set is the caller's.
     unsafe {
         match panels.width {
-            1 => narrow::<S, NC, 1, V4, V8>(panels, labels, best, second),
-            2 => narrow::<S, NC, 2, V4, V8>(panels, labels, best, second),
-            3 => narrow::<S, NC, 3, V4, V8>(panels, labels, best, second),
+            1 => narrow::<S, NC, 1, V4, V4>(panels, labels, best, second),
+            2 => narrow::<S, NC, 2, V4, V4>(panels, labels, best, second),
+            3 => narrow::<S, NC, 3, V4, V4>(panels, labels, best, second),
             4 => narrow::<S, NC, 4, V4, V8>(panels, labels, best, second),
             5 => narrow::<S, NC, 5, V8, V8>(panels, labels, best, second),
             6 => narrow::<S, NC, 6, V8, V8>(panels, labels, best, second),
