@@ -91,7 +91,7 @@ pub(in crate::kernels) trait Widen: Simd {
     unsafe fn store_f16(self, to: *mut u16);
     /// Rounds to bfloat16, to nearest even, and writes `LANES` of them.
     unsafe fn store_bf16(self, to: *mut u16);
-    /// Writes `LANES` numbers past the caches, to an address on a whole vector.
+    /// Writes `LANES` numbers past the caches, to an address on a multiple of 16 bytes: that of arrays of NumPy.
     unsafe fn stream(self, to: *mut f32);
     /// Makes what was streamed visible to other threads before what is written later.
     fn fence();

@@ -216,7 +216,7 @@ pub(super) struct Lookup<'a> {
 impl Job for Lookup<'_> {
     #[inline(always)]
     unsafe fn run<S: Widen>(self, reader: &impl Reader<S>, row_bytes: usize, dim: usize) {
-        let lines = dim.is_multiple_of(16) && (self.out.as_ptr() as usize).is_multiple_of(64);
+        let lines = dim.is_multiple_of(16) && (self.out.as_ptr() as usize).is_multiple_of(16);
         let whole = |v: usize| reader.column(v, dim).is_multiple_of(S::LANES);
         // SAFETY: passed on to the caller.
         unsafe {
@@ -234,7 +234,7 @@ impl Job for Lookup<'_> {
     }
 }
 
-/// Decodes rows. With `STREAM`, rows of the output start on whole lines.
+/// Decodes rows. With `STREAM`, vectors of the output start on multiples of 16 bytes.
 struct LookupTask<'a, S, R, const STREAM: bool> {
     job: Lookup<'a>,
     reader: &'a R,

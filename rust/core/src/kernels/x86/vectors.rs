@@ -145,8 +145,14 @@ impl Widen for Eight {
     }
     #[inline(always)]
     unsafe fn stream(self, to: *mut f32) {
-        // SAFETY: the caller has the instruction set and an aligned place for a vector.
-        unsafe { _mm256_stream_ps(to, self.0) }
+        // SAFETY: the caller has the instruction set and a place for a vector on a multiple of 16 bytes.
+        unsafe {
+            if (to as usize).is_multiple_of(32) {
+                return _mm256_stream_ps(to, self.0);
+            }
+            _mm_stream_ps(to, _mm256_castps256_ps128(self.0));
+            _mm_stream_ps(to.add(4), _mm256_extractf128_ps::<1>(self.0));
+        }
     }
     #[inline(always)]
     fn fence() {
@@ -303,8 +309,16 @@ impl Widen for Sixteen {
     }
     #[inline(always)]
     unsafe fn stream(self, to: *mut f32) {
-        // SAFETY: the caller has the instruction set and an aligned place for a vector.
-        unsafe { _mm512_stream_ps(to, self.0) }
+        // SAFETY: the caller has the instruction set and a place for a vector on a multiple of 16 bytes.
+        unsafe {
+            if (to as usize).is_multiple_of(64) {
+                return _mm512_stream_ps(to, self.0);
+            }
+            _mm_stream_ps(to, _mm512_castps512_ps128(self.0));
+            _mm_stream_ps(to.add(4), _mm512_extractf32x4_ps::<1>(self.0));
+            _mm_stream_ps(to.add(8), _mm512_extractf32x4_ps::<2>(self.0));
+            _mm_stream_ps(to.add(12), _mm512_extractf32x4_ps::<3>(self.0));
+        }
     }
     #[inline(always)]
     fn fence() {
