@@ -349,18 +349,17 @@ impl Centroids {
     /// The centres for [`Kernels::sift`], unless there are too few values for it to pay, or they are too large.
     fn rounded(&self) -> Option<&Rounded> {
         let make = || {
-            let moved = |j: usize, t: usize| self.centers[j * self.width + t] - self.shift[t];
             let (block, pairs) = (self.kernels.block_centers, self.width.div_ceil(2));
             let mut words = vec![0; self.half_norms.len() * pairs];
             let mut most: f64 = 0.0;
-            for j in 0..self.count {
+            for (j, center) in self.centers.chunks_exact(self.width).enumerate() {
+                let words = &mut words[j / block * pairs * block + j % block..];
                 let mut lost = 0.0;
-                for t in 0..self.width {
-                    let value = moved(j, t);
+                for (t, (value, shift)) in center.iter().zip(&self.shift).enumerate() {
+                    let value = value - shift;
                     let normal = if value.is_normal() { half::bf16::from_f32(value) } else { half::bf16::ZERO };
                     lost += (f64::from(value) - normal.to_f64()).powi(2);
-                    let word = &mut words[(j / block * pairs + t / 2) * block + j % block];
-                    *word |= u32::from(normal.to_bits()) << (t % 2 * 16);
+                    words[t / 2 * block] |= u32::from(normal.to_bits()) << (t % 2 * 16);
                 }
                 most = most.max(lost);
             }
