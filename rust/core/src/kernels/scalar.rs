@@ -173,7 +173,9 @@ fn nearest(panels: &Panels, labels: &mut [u32], best: &mut [f32], second: &mut [
             let c = |t: usize| panels.centers[(j / BLOCK_CENTERS * width + t) * BLOCK_CENTERS + j % BLOCK_CENTERS];
             let score = (0..width).fold(*half_norm, |sum, t| (-x(t)).mul_add(c(t), sum));
             if score < low {
-                (next, low, label) = (low, score, panels.labels[j]);
+                // Of equals the first stays, also of zeros whose signs differ.
+                next = if low < next { low } else { next };
+                (low, label) = (score, panels.labels[j]);
             } else if score < next {
                 next = score;
             }
