@@ -2,6 +2,8 @@
 
 import warnings
 
+import itertools
+
 import numpy as np
 import pytest
 import sklearn.cluster
@@ -307,3 +309,54 @@ def test_every_container_gives_the_same_clusters(form, tmp_path):
     np.testing.assert_array_equal(kmeans.cluster_centers_, expected.cluster_centers_)
     np.testing.assert_array_equal(kmeans.predict(given), expected.labels_)
     np.testing.assert_array_equal(np.array(given), kept)
+
+
+def relocated_row():
+    """Rows, weights and centres where a row is moved to an empty cluster that then drifts away from it.
+
+    The row's former centre comes nearer meanwhile, while most rows stay with theirs, so that they are spared.
+    """
+    rng = np.random.default_rng(0)
+    pairs = [(i, j, a, b) for i, j in itertools.combinations(range(2, 16), 2) for a in (60, -60) for b in (60, -60)]
+
+    def at(place, group, aside=0.0):
+        x = np.zeros(64)
+        i, j, x_i, x_j = pairs[group]
+        x[[0, 1, i, j]] = place, aside, x_i, x_j
+        return x
+
+    steady = [at(0, group + 40) + rng.normal(size=(6, 64)) * 0.01 for group in range(119)]
+    rows = [row.astype("f4") for group in steady for row in group]
+    weights = [1.0] * len(rows)
+    for weight, row in [(1e-6, at(0, 0)), (1, at(7, 0)), (1, at(20, 0)), (0.9, at(26, 0)), (0.1, at(36, 0))]:
+        rows, weights = [*rows, row], [*weights, weight]
+    for weight, row in [(5, at(44.8, 0)), (1, at(0, 0, 9)), (5, at(0, 0, 21))]:
+        rows, weights = [*rows, row], [*weights, weight]
+    centers = [group.astype("f4").astype("f8").mean(0) for group in steady]
+    centers += [at(13.5, 0), at(27, 0), at(45.2, 0), at(0, 0, 19), at(-32, 0), at(-34.1, 0), at(-29.9, 0)]
+    centers += [at(0, 12), at(1.5, 12)]
+    more = [at(v - 32, 0) for v in (-1, 1, -1.9, -1.9, -1.9, 1.9, 1.9, 1.9)] + [
+        at(v, 12) for v in np.arange(0, 12, 0.3)
+    ]
+    return np.array(rows + more, "f4"), np.array(weights + [1.0] * len(more)), np.array(centers, "f4")
+
+
+def test_a_relocated_row_is_compared_with_its_former_centre():
+    x, weights, centers = relocated_row()
+    kmeans = vqrs.KMeans(len(centers), init=centers, n_init=1, max_iter=100, tol=0.0).fit(x, sample_weight=weights)
+    assert np.array_equal(kmeans.labels_, kmeans.predict(x))
+
+
+@pytest.mark.parametrize("ratio", [1e8, 1e17, 1e20])
+def test_heavy_rows_leave_nothing_behind(ratio):
+    for seed in range(60):
+        rng = np.random.default_rng(seed)
+        x = rng.uniform(-10, 10, size=(60, 2)).astype("f4")
+        weights = np.where(np.arange(60) < 6, ratio * rng.uniform(0.5, 2, 60), 1.0)
+        kmeans = vqrs.KMeans(8, init=x[6:14], n_init=1, max_iter=4, tol=0.0).fit(x, sample_weight=weights)
+        assert np.abs(kmeans.cluster_centers_).max() <= 10
+
+
+def test_weights_that_overflow_are_refused():
+    with pytest.raises(ValueError, match=r"sample_weight\[0\]=1e308 .*scale all of them down"):
+        vqrs.KMeans(3).fit(np.eye(24), sample_weight=np.full(24, 1e308))

@@ -621,3 +621,9 @@ def test_what_replaces_a_file_keeps_its_permissions(small_table, tmp_path):
 def test_a_folder_is_no_table(tmp_path):
     with pytest.raises(IsADirectoryError):
         vqrs.open(tmp_path)
+
+
+@pytest.mark.parametrize("shape", [(0, 2**58), (2**58, 0), (1,) * 64])
+def test_shapes_that_numpy_refuses(small_table, shape):
+    with pytest.raises(ValueError, match="too big|maximum supported dimension"):
+        small_table.lookup(np.zeros(shape, np.int64))

@@ -71,13 +71,19 @@ impl<'a> Matrix<'a> {
     }
 }
 
-/// Refuses weights that are negative or not finite.
+/// The largest weight that is accepted: its product with a squared distance, summed over any table, stays finite.
+const MAX_WEIGHT: f64 = 1e200;
+
+/// Refuses weights that are negative, not finite or too large.
 pub fn check_weights(weights: &[f64]) -> Result<()> {
-    match weights.iter().position(|weight| !(weight.is_finite() && *weight >= 0.0)) {
+    match weights.iter().position(|weight| !(0.0..=MAX_WEIGHT).contains(weight)) {
         None => Ok(()),
         Some(at) => {
-            let name = format!("sample_weight[{at}]");
-            Err(Error::parameter(name, weights[at], "weights must be finite and not negative"))
+            let expected = match weights[at] > MAX_WEIGHT && weights[at].is_finite() {
+                true => format!("weights above {MAX_WEIGHT:e} overflow sums in float64: scale all of them down"),
+                false => "weights must be finite and not negative".into(),
+            };
+            Err(Error::parameter(format!("sample_weight[{at}]"), format!("{:?}", weights[at]), expected))
         }
     }
 }

@@ -218,8 +218,9 @@ impl<'py> Rows<'py> {
 
     fn fresh(py: Python<'py>, shape: &[usize], dtype: Option<&str>) -> PyResult<Self> {
         let dtype = dtype.unwrap_or("float32");
-        let bytes = shape.iter().try_fold(4usize, |bytes, size| bytes.checked_mul(*size));
-        if bytes.is_none_or(|bytes| bytes > LARGE) {
+        // Sizes of zero hide others that NumPy refuses, as it does more axes than it knows.
+        let bytes = shape.iter().try_fold(4usize, |bytes, size| bytes.checked_mul((*size).max(1)));
+        if bytes.is_none_or(|bytes| bytes > LARGE) || shape.len() > 32 {
             let name = if dtype == "bfloat16" { "uint16" } else { dtype };
             let array = py.import("numpy")?.call_method1("empty", (shape, name))?;
             return Rows::given(array.cast()?, shape, Some(dtype));

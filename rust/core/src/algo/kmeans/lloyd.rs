@@ -1,8 +1,8 @@
 //! Lloyd's iterations: rows go to their nearest centres, centres to the means of their rows.
 //!
 //! After the first iterations few rows change their cluster, so that sums are kept and only these rows are added and
-//! taken away. All rows are summed anew where that is less work, after relocations, every [`RECOUNT`] iterations and at
-//! the end, so that rounding does not add up.
+//! taken away. All rows are summed anew where that is less work, after relocations, where weights differ much, every
+//! [`RECOUNT`] iterations and when no row moves any more, so that rounding does not add up.
 
 use super::pruning::{Bounds, Drift};
 use super::sums::{Order, Sums};
@@ -264,6 +264,7 @@ impl KMeans<'_> {
         let (n, width) = (rows.x.rows(), rows.x.width());
         let clusters = centers.len() / width;
         let (mut assignment, mut sums) = (Assignment::new(rows, clusters), Sums::new(clusters, width));
+        let uneven = rows.weights.is_some_and(uneven);
         // Updates since all rows were summed.
         let (mut since, mut exact, mut drift) = (RECOUNT, false, Drift::default());
         for n_iter in 1..=self.max_iter {
@@ -280,7 +281,7 @@ impl KMeans<'_> {
                     return Ok(Run { centers, labels: Some(assignment.into_labels()), n_iter });
                 }
             }
-            let anew = moved == 0 || 2 * moved >= n || since >= RECOUNT;
+            let anew = moved == 0 || 2 * moved >= n || since >= RECOUNT || uneven;
             assignment.count(anew);
             let relocated = assignment.relocate_empty(&centroids, ctx)?;
             let anew = anew || relocated;
@@ -299,6 +300,12 @@ impl KMeans<'_> {
         }
         Ok(Run { centers, labels: None, n_iter: self.max_iter })
     }
+}
+
+/// Whether a heavy row that leaves a cluster would take most digits of what stays with it.
+fn uneven(weights: &[f64]) -> bool {
+    let most = weights.iter().fold(0.0, |most: f64, weight| most.max(*weight));
+    weights.iter().any(|weight| *weight > 0.0 && most / weight > f64::from(1 << 20))
 }
 
 #[cfg(test)]

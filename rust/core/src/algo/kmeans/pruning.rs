@@ -61,10 +61,10 @@ impl Bounds {
         self.lower.resize(count, 0.0);
     }
 
-    /// Forgets what is known of a row.
+    /// Forgets what is known of a row: its lower bound leaves out the centre that it had.
     pub(super) fn forget(&mut self, row: usize) {
         if row < self.len() {
-            self.upper[row] = f32::INFINITY;
+            (self.upper[row], self.lower[row]) = (f32::INFINITY, 0.0);
         }
     }
 
