@@ -184,8 +184,7 @@ impl Books {
     }
 
     pub(super) fn decode(&self, rows: &Rows, out: Output) {
-        let (kernels, view) = (kernels::best(), self.view());
-        kernels.write(self.dim(), out, |range, out| (kernels.lookup_books)(&view, &rows.part(range), out));
+        (kernels::best().lookup_books)(&self.view(), rows, out);
     }
 
     pub(super) fn pool(&self, bags: &Bags, out: &mut [f32]) {

@@ -191,8 +191,7 @@ impl Levels {
     }
 
     pub(super) fn decode(&self, rows: &Rows, out: Output) {
-        let (kernels, view) = (kernels::best(), self.view());
-        kernels.write(self.dim(), out, |range, out| (kernels.lookup_levels)(&view, &rows.part(range), out));
+        (kernels::best().lookup_levels)(&self.view(), rows, out);
     }
 
     pub(super) fn pool(&self, bags: &Bags, out: &mut [f32]) {

@@ -3,7 +3,7 @@
 
 use super::scalar;
 use super::simd::{self, Pack, Simd, Task, Widen};
-use super::{Bags, BooksView, Extension, Kernels, LevelsView, Panels, Products, Rows};
+use super::{Bags, BooksView, Extension, Kernels, LevelsView, Output, Panels, Products, Rows};
 use std::arch::aarch64::*;
 
 /// The tables that this CPU can run.
@@ -30,8 +30,6 @@ static NEON: Kernels = Kernels {
     quantize: scalar::quantize,
     grid_error: scalar::grid_error,
     axpy,
-    add,
-    max_into,
     to_f16,
     to_bf16,
     carries: scalar::carries,
@@ -47,8 +45,8 @@ macro_rules! shell {
     };
 }
 
-shell!(fn lookup_books(view: &BooksView, rows: &Rows, out: &mut [f32]) = simd::lookup_books::<Four>);
-shell!(fn lookup_levels(view: &LevelsView, rows: &Rows, out: &mut [f32]) = simd::lookup_levels::<Four>);
+shell!(fn lookup_books(view: &BooksView, rows: &Rows, out: Output) = simd::lookup_books::<Four>);
+shell!(fn lookup_levels(view: &LevelsView, rows: &Rows, out: Output) = simd::lookup_levels::<Four>);
 shell!(fn pool_books(view: &BooksView, bags: &Bags, out: &mut [f32]) = simd::pool_books::<Four>);
 shell!(fn pool_levels(view: &LevelsView, bags: &Bags, out: &mut [f32]) = simd::pool_levels::<Four>);
 shell!(fn nearest(task: &Panels, labels: &mut [u32], best: &mut [f32], second: &mut [f32])
@@ -57,8 +55,6 @@ shell!(fn dots(task: &Products, out: &mut [f32]) = simd::products::<Four, 4, 6, 
 shell!(fn distances(task: &Products, out: &mut [f32]) = simd::products::<Four, 4, 4, true>);
 shell!(fn extend(task: &Extension, scores: &mut [f32], paths: &mut [u16]) = simd::extend::<Four, 8, 4>);
 shell!(fn axpy(out: &mut [f32], x: &[f32], weight: f32) = simd::axpy::<Four>);
-shell!(fn add(out: &mut [f32], x: &[f32]) = simd::add::<Four>);
-shell!(fn max_into(out: &mut [f32], x: &[f32]) = simd::max_into::<Four>);
 shell!(fn fma_peak(rounds: usize) -> f32 = simd::fma_peak::<Four, 24>);
 shell!(fn to_f16(x: &[f32], out: &mut [u16]) = simd::to_f16::<Four>);
 shell!(fn to_bf16(x: &[f32], out: &mut [u16]) = simd::to_bf16::<Four>);
@@ -132,6 +128,7 @@ impl Simd for Four {
 
 impl Widen for Four {
     type Half = Four;
+    const REGISTERS: usize = 32;
     operations! {
         fn load_f16(from: *const u16) -> Self = {
             let halves = from.cast::<[half::f16; 4]>().read_unaligned();
@@ -152,7 +149,7 @@ impl Widen for Four {
         };
     }
     #[inline(always)]
-    unsafe fn store_f16(self, to: *mut u16) {
+    unsafe fn store_f16<const STREAM: bool>(self, to: *mut u16) {
         let mut values = [0.0; 4];
         // SAFETY: the array holds a vector; the caller has room for one.
         unsafe {
@@ -161,7 +158,7 @@ impl Widen for Four {
         }
     }
     #[inline(always)]
-    unsafe fn store_bf16(self, to: *mut u16) {
+    unsafe fn store_bf16<const STREAM: bool>(self, to: *mut u16) {
         let mut values = [0.0; 4];
         // SAFETY: the array holds a vector; the caller has room for one.
         unsafe {

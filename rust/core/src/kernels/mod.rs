@@ -440,9 +440,9 @@ pub struct Kernels {
     /// Centres in a panel of `dots` and `distances`.
     pub panel_centers: usize,
     /// Decodes rows into `out`, `rows.range.len()` rows of `dim` values.
-    pub lookup_books: fn(&BooksView, &Rows, &mut [f32]),
+    pub lookup_books: fn(&BooksView, &Rows, Output),
     /// Decodes rows into `out`, `rows.range.len()` rows of `dim` values.
-    pub lookup_levels: fn(&LevelsView, &Rows, &mut [f32]),
+    pub lookup_levels: fn(&LevelsView, &Rows, Output),
     /// Combines decoded rows, a row of `dim` values of `out` for each bag.
     pub pool_books: fn(&BooksView, &Bags, &mut [f32]),
     /// Combines decoded rows, a row of `dim` values of `out` for each bag.
@@ -472,10 +472,6 @@ pub struct Kernels {
     pub grid_error: fn(&[f32], f32, f32, f32) -> f32,
     /// `axpy(out, x, weight)`: out = fma(weight, x, out).
     pub axpy: fn(&mut [f32], &[f32], f32),
-    /// `add(out, x)`: out = out + x.
-    pub add: fn(&mut [f32], &[f32]),
-    /// `max_into(out, x)`: out = x where x > out.
-    pub max_into: fn(&mut [f32], &[f32]),
     /// Half precision of single precision, rounded to nearest even.
     pub to_f16: fn(&[f32], &mut [u16]),
     /// Bfloat16 of single precision, rounded to nearest even. Numbers too small for a full mantissa are kept.
@@ -567,10 +563,11 @@ pub fn forced_error() -> Option<String> {
 /// The preconditions of the kernels, checked once a call: with them no pointer of a fast path leaves its slice.
 mod check {
     use super::{
-        bits, Bags, BooksView, Coarse, Extension, Grids, LevelsView, Panels, Products, Rows, Scales, BEAM_PADDING,
+        bits, Bags, BooksView, Coarse, Extension, Grids, LevelsView, Output, Panels, Products, Rows, Scales,
+        BEAM_PADDING,
     };
 
-    fn output(rows: &Rows, dim: usize, row_bytes: usize, out: &[f32]) {
+    fn output(rows: &Rows, dim: usize, row_bytes: usize, out: &Output) {
         assert!(dim > 0 && row_bytes > 0 && rows.range.start <= rows.range.end, "dim, row_bytes or range of rows");
         assert!(rows.range.end <= rows.ids.len(), "positions of ids");
         assert_eq!(Some(out.len()), rows.range.len().checked_mul(dim), "output of a lookup");
@@ -595,7 +592,7 @@ mod check {
         }
     }
 
-    pub(super) fn books(view: &BooksView, rows: &Rows, out: &[f32]) {
+    pub(super) fn books(view: &BooksView, rows: &Rows, out: &Output) {
         books_view(view);
         output(rows, view.dim, view.row_bytes, out);
     }
@@ -605,7 +602,7 @@ mod check {
         bags(task, view.dim, out);
     }
 
-    pub(super) fn levels(view: &LevelsView, rows: &Rows, out: &[f32]) {
+    pub(super) fn levels(view: &LevelsView, rows: &Rows, out: &Output) {
         levels_view(view);
         output(rows, view.dim, view.row_bytes, out);
     }

@@ -1,8 +1,8 @@
 //! The meaning of every kernel: one plain loop each.
 
 use super::{
-    check, Bags, BooksView, Extension, Grids, Kernels, Level, LevelsView, Panels, Products, Rows, Scales, Values,
-    PEAK_FMAS,
+    check, Bags, BooksView, Extension, Grids, Kernels, Level, LevelsView, Output, Panels, Products, Rows, Scales,
+    Values, PEAK_FMAS,
 };
 use crate::bits;
 use half::{bf16, f16};
@@ -25,8 +25,6 @@ pub(super) static KERNELS: Kernels = Kernels {
     quantize,
     grid_error,
     axpy,
-    add,
-    max_into,
     to_f16,
     to_bf16,
     carries,
@@ -48,8 +46,12 @@ fn value(values: Values, index: usize) -> f32 {
     }
 }
 
-pub(super) fn lookup_books(view: &BooksView, rows: &Rows, out: &mut [f32]) {
-    check::books(view, rows, out);
+fn lookup_books(view: &BooksView, rows: &Rows, out: Output) {
+    check::books(view, rows, &out);
+    KERNELS.write(view.dim, out, |range, out| decode_books(view, &rows.part(range), out));
+}
+
+pub(super) fn decode_books(view: &BooksView, rows: &Rows, out: &mut [f32]) {
     for (position, out) in rows.range.clone().zip(out.chunks_exact_mut(view.dim)) {
         let code = &rows.codes[rows.ids.get(position) * view.row_bytes..][..view.row_bytes];
         if !view.stores_first() {
@@ -72,12 +74,12 @@ pub(super) fn lookup_books(view: &BooksView, rows: &Rows, out: &mut [f32]) {
 
 fn pool_books(view: &BooksView, bags: &Bags, out: &mut [f32]) {
     check::pool_books(view, bags, out);
-    pool(bags, view.dim, out, |rows, out| lookup_books(view, rows, out));
+    pool(bags, view.dim, out, |rows, out| decode_books(view, rows, out));
 }
 
 fn pool_levels(view: &LevelsView, bags: &Bags, out: &mut [f32]) {
     check::pool_levels(view, bags, out);
-    pool(bags, view.dim, out, |rows, out| lookup_levels(view, rows, out));
+    pool(bags, view.dim, out, |rows, out| decode_levels(view, rows, out));
 }
 
 /// Combines rows that `lookup` decodes, some at a time so that they stay in the first-level cache.
@@ -133,8 +135,12 @@ pub(super) fn pair_at(view: &LevelsView, pairs: &[u8], index: usize) -> (f32, f3
     }
 }
 
-pub(super) fn lookup_levels(view: &LevelsView, rows: &Rows, out: &mut [f32]) {
-    check::levels(view, rows, out);
+fn lookup_levels(view: &LevelsView, rows: &Rows, out: Output) {
+    check::levels(view, rows, &out);
+    KERNELS.write(view.dim, out, |range, out| decode_levels(view, &rows.part(range), out));
+}
+
+pub(super) fn decode_levels(view: &LevelsView, rows: &Rows, out: &mut [f32]) {
     for (position, out) in rows.range.clone().zip(out.chunks_exact_mut(view.dim)) {
         let code = &rows.codes[rows.ids.get(position) * view.row_bytes..][..view.row_bytes];
         for (t, out) in out.iter_mut().enumerate() {
@@ -278,20 +284,6 @@ fn axpy(out: &mut [f32], x: &[f32], weight: f32) {
     check::pair(out, x);
     for (out, x) in out.iter_mut().zip(x) {
         *out = weight.mul_add(*x, *out);
-    }
-}
-
-fn add(out: &mut [f32], x: &[f32]) {
-    check::pair(out, x);
-    for (out, x) in out.iter_mut().zip(x) {
-        *out += *x;
-    }
-}
-
-fn max_into(out: &mut [f32], x: &[f32]) {
-    check::pair(out, x);
-    for (out, x) in out.iter_mut().zip(x) {
-        *out = if *x > *out { *x } else { *out };
     }
 }
 

@@ -84,7 +84,7 @@ fn lookups(
     dim: usize,
     n: usize,
     rng: &mut Rng,
-    lookup: impl Fn(&Kernels, &Rows, &mut [f32]),
+    lookup: impl Fn(&Kernels, &Rows, Output),
     pool: impl Fn(&Kernels, &Bags, &mut [f32]),
 ) -> Result<(), TestCaseError> {
     let wide: Vec<i64> = (0..n).map(|_| rng.below(rows) as i64).collect();
@@ -93,19 +93,26 @@ fn lookups(
     let start = rng.below(n + 1);
     let task = |ids, range: Range<usize>, stream| Rows { codes, ids, range, stream };
     let mut expected = before.clone();
-    lookup(&scalar::KERNELS, &task(Ids::I64(&wide), 0..n, false), &mut expected);
+    lookup(&scalar::KERNELS, &task(Ids::I64(&wide), 0..n, false), Output::F32(&mut expected));
     // NaN has many patterns; numbers that are not finite do not occur in tables.
     prop_assume!(expected.iter().all(|v| v.is_finite()));
     for kernels in available() {
         for (ids, stream) in [(Ids::I64(&wide), false), (Ids::I32(&narrow), true)] {
-            for shift in [0, 1] {
-                let mut out = vec![f32::NAN; n * dim + 16];
+            for shift in [0, 1, 8] {
+                let mut out = vec![f32::NAN; n * dim + 32];
                 let aligned = out.as_ptr().align_offset(64) + shift;
-                let out = &mut out[aligned.min(16)..][..n * dim];
+                let out = &mut out[aligned.min(32)..][..n * dim];
                 out.copy_from_slice(&before);
-                lookup(kernels, &task(ids, start..n, stream), &mut out[start * dim..]);
-                lookup(kernels, &task(ids, 0..start, stream), &mut out[..start * dim]);
+                lookup(kernels, &task(ids, start..n, stream), Output::F32(&mut out[start * dim..]));
+                lookup(kernels, &task(ids, 0..start, stream), Output::F32(&mut out[..start * dim]));
                 same(out, &expected)?;
+                let mut halves = vec![0; n * dim + 64];
+                let aligned = halves.as_ptr().align_offset(64) + shift;
+                let halves = &mut halves[aligned.min(64)..][..n * dim];
+                lookup(kernels, &task(ids, 0..n, stream), Output::F16(halves));
+                prop_assert!(halves.iter().zip(&expected).all(|(got, v)| *got == half::f16::from_f32(*v).to_bits()));
+                lookup(kernels, &task(ids, 0..n, stream), Output::Bf16(halves));
+                prop_assert!(halves.iter().zip(&expected).all(|(got, v)| *got == half::bf16::from_f32(*v).to_bits()));
             }
         }
         for (weights, max) in [(None, false), (Some(&weights[..]), false), (None, true)] {
@@ -312,11 +319,9 @@ fn pairs() {
         let rng = &mut Rng::new(n as u64);
         let (x, start) = (floats(rng, n), floats(rng, n));
         let run = |kernels: &Kernels| {
-            let mut outs = [start.clone(), start.clone(), start.clone()];
-            (kernels.axpy)(&mut outs[0], &x, 0.3);
-            (kernels.add)(&mut outs[1], &x);
-            (kernels.max_into)(&mut outs[2], &x);
-            outs.map(|out| out.iter().map(|v| v.to_bits()).collect::<Vec<_>>())
+            let mut out = start.clone();
+            (kernels.axpy)(&mut out, &x, 0.3);
+            out.iter().map(|v| v.to_bits()).collect::<Vec<_>>()
         };
         for kernels in available() {
             assert_eq!(run(kernels), run(&scalar::KERNELS), "{} {n}", kernels.name);
@@ -407,7 +412,7 @@ fn a_short_book_is_refused() {
     let group = Group { entries: Values::F32(&entries), width: 2, starts: &[0] };
     let view = BooksView { dim: 2, bits: 2, row_bytes: 1, scale: 1.0, tiled: true, groups: vec![group] };
     let rows = Rows { codes: &[0], ids: Ids::Range { start: 0, len: 1 }, range: 0..1, stream: false };
-    (best().lookup_books)(&view, &rows, &mut [0.0; 2]);
+    (best().lookup_books)(&view, &rows, Output::F32(&mut [0.0; 2]));
 }
 
 #[test]
@@ -417,7 +422,7 @@ fn an_id_outside_is_refused() {
     let group = Group { entries: Values::F32(&entries), width: 2, starts: &[0] };
     let view = BooksView { dim: 2, bits: 2, row_bytes: 1, scale: 1.0, tiled: true, groups: vec![group] };
     let rows = Rows { codes: &[0], ids: Ids::I32(&[-1]), range: 0..1, stream: false };
-    (best().lookup_books)(&view, &rows, &mut [0.0; 2]);
+    (best().lookup_books)(&view, &rows, Output::F32(&mut [0.0; 2]));
 }
 
 #[test]

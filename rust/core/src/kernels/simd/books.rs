@@ -1,7 +1,7 @@
 //! Rows that are sums or joins of codebook entries.
 
-use super::rows::{Decode, Job, Lookup, Pool, Reader, Source};
-use super::{check, scalar, Bags, BooksView, Rows, Simd, Values, Widen};
+use super::rows::{Bf16, Decode, Job, Lookup, Pool, Reader, Source, F16};
+use super::{check, scalar, Bags, BooksView, Output, Rows, Simd, Values, Widen};
 use std::marker::PhantomData;
 
 /// Type of the values of a codebook.
@@ -9,14 +9,6 @@ trait Entry: Copy {
     unsafe fn load<S: Widen>(from: *const Self) -> S;
     unsafe fn one<S: Widen>(self) -> f32;
 }
-
-#[derive(Clone, Copy)]
-#[repr(transparent)]
-struct F16(u16);
-
-#[derive(Clone, Copy)]
-#[repr(transparent)]
-struct Bf16(u16);
 
 impl Entry for f32 {
     #[inline(always)]
@@ -56,10 +48,16 @@ impl Entry for Bf16 {
 }
 
 #[inline(always)]
-pub(in crate::kernels) unsafe fn lookup_books<S: Widen>(view: &BooksView, rows: &Rows, out: &mut [f32]) {
-    check::books(view, rows, out);
+pub(in crate::kernels) unsafe fn lookup_books<S: Widen>(view: &BooksView, rows: &Rows, out: Output) {
+    check::books(view, rows, &out);
     // SAFETY: the view was checked; the instruction set is the caller's.
-    unsafe { run::<S>(view, Lookup { rows, out }) }
+    unsafe {
+        match out {
+            Output::F32(out) => run::<S>(view, Lookup::<f32> { rows, out }),
+            Output::F16(out) => run::<S>(view, Lookup::<F16> { rows, out }),
+            Output::Bf16(out) => run::<S>(view, Lookup::<Bf16> { rows, out }),
+        }
+    }
 }
 
 #[inline(always)]
@@ -76,10 +74,12 @@ unsafe fn run<S: Widen>(view: &BooksView, job: impl Job) {
     unsafe {
         match view.groups.first().map(|group| group.entries) {
             Some(Values::F16(_)) if all(|entries| matches!(entries, Values::F16(_))) => match view.bits {
+                4 => run_typed::<S, F16, 4>(view, job),
                 8 => run_typed::<S, F16, 8>(view, job),
                 _ => run_typed::<S, F16, 0>(view, job),
             },
             Some(Values::Bf16(_)) if all(|entries| matches!(entries, Values::Bf16(_))) => match view.bits {
+                4 => run_typed::<S, Bf16, 4>(view, job),
                 8 => run_typed::<S, Bf16, 8>(view, job),
                 _ => run_typed::<S, Bf16, 0>(view, job),
             },
@@ -135,18 +135,21 @@ fn first_entry<T>(values: Values) -> *const T {
     }
 }
 
-/// Code `index` of a row. `BITS`: 8 if that is known, else 0. Reads up to four bytes behind the row.
+/// Code `index` of a row. `BITS`: 4 or 8 if that is known, else 0. Reads up to four bytes behind the row.
 #[inline(always)]
 unsafe fn code<const BITS: u32>(row: *const u8, bits: u32, index: usize) -> usize {
     // SAFETY: the row has a code `index`, and [`super::rows::SPARE`] bytes follow it.
     unsafe {
-        if BITS == 8 {
-            // Volatile, or the compiler collects codes in a vector to compute addresses there, and takes them out again.
-            return row.add(index).read_volatile() as usize;
+        // Volatile, or the compiler collects codes in a vector to compute addresses there, and takes them out again.
+        match BITS {
+            8 => row.add(index).read_volatile() as usize,
+            4 => (row.add(index / 2).read_volatile() as usize >> (index % 2 * 4)) & 15,
+            _ => {
+                let place = index * bits as usize;
+                let bytes = row.add(place / 8).cast::<[u8; 4]>().read_volatile();
+                ((u32::from_le_bytes(bytes) >> (place % 8)) & ((1 << bits) - 1)) as usize
+            }
         }
-        let place = index * bits as usize;
-        let word = u32::from_le(row.add(place / 8).cast::<u32>().read_unaligned());
-        ((word >> (place % 8)) & ((1 << bits) - 1)) as usize
     }
 }
 
@@ -178,13 +181,15 @@ impl<S: Widen, E: Entry, const WIDTH: usize, const BITS: u32> Reader<S> for Tile
     unsafe fn read<const N: usize>(&self, row: *const u8, vector: usize, dim: usize) -> [S; N] {
         // SAFETY: columns `t` to `t + LANES` are inside the row, and `t` is a multiple of the lesser of width and lanes.
         unsafe {
-            let start = <Self as Reader<S>>::column(self, vector, dim);
+            let start = <Self as Reader<S>>::column::<N>(self, vector, dim);
+            // Said in whole books, so that all addresses differ by constants.
+            let (beside, first) = (S::LANES / WIDTH, if N > 1 { vector * (S::LANES / WIDTH) } else { start / WIDTH });
             let scale = S::splat(self.0.scale);
             let mut values = [scale; N];
             for i in 0..N {
                 let t = start + i * S::LANES;
-                let value = join::<S, E, WIDTH>(|place| self.0.entry(row, t / WIDTH + place, WIDTH), t % WIDTH);
-                values[i] = value.mul(scale);
+                let (book, offset) = if beside > 0 { (first + i * beside, 0) } else { (t / WIDTH, t % WIDTH) };
+                values[i] = join::<S, E, WIDTH>(|place| self.0.entry(row, book + place, WIDTH), offset).mul(scale);
             }
             values
         }
@@ -250,8 +255,13 @@ impl<S: Widen, E: Entry, const BITS: u32> Reader<S> for Parts<S, E, BITS> {
     }
 
     #[inline(always)]
-    fn column(&self, vector: usize, _: usize) -> usize {
+    fn column<const N: usize>(&self, vector: usize, _: usize) -> usize {
         self.vectors[vector].0 as usize
+    }
+
+    #[inline(always)]
+    fn place<const N: usize>(&self, vector: usize, i: usize, _: usize) -> usize {
+        self.vectors[vector + i].0 as usize
     }
 
     #[inline(always)]
@@ -282,7 +292,7 @@ impl<S: Widen, E: Entry, const BITS: u32> Reader<S> for Sum<E, BITS> {
     unsafe fn read<const N: usize>(&self, row: *const u8, vector: usize, dim: usize) -> [S; N] {
         // SAFETY: all books are as wide as the row, which has the columns.
         unsafe {
-            let t = <Self as Reader<S>>::column(self, vector, dim);
+            let t = <Self as Reader<S>>::column::<N>(self, vector, dim);
             let scale = S::splat(self.books.scale);
             let mut sums = [scale; N];
             let first = self.books.entry(row, 0, dim);
@@ -307,7 +317,7 @@ struct Mixed<'a>(&'a BooksView<'a>);
 impl Decode for Mixed<'_> {
     #[inline(always)]
     unsafe fn decode(&self, rows: &Rows, out: &mut [f32]) {
-        scalar::lookup_books(self.0, rows, out);
+        scalar::decode_books(self.0, rows, out);
     }
 }
 
@@ -323,8 +333,8 @@ impl<S: Widen, E: Entry, const BITS: u32> Decode for Any<'_, S, E, BITS> {
         let view = self.view;
         let mut out = out.chunks_exact_mut(view.dim);
         let mut source = Source::new::<S>(rows, view.row_bytes);
-        source.each::<S>(|row| {
-            let Some(out) = out.next() else { return };
+        while let Some(row) = source.next::<S>() {
+            let Some(out) = out.next() else { break };
             if !view.stores_first() {
                 out.fill(0.0);
             }
@@ -342,7 +352,7 @@ impl<S: Widen, E: Entry, const BITS: u32> Decode for Any<'_, S, E, BITS> {
                     m += 1;
                 }
             }
-        });
+        }
     }
 }
 
@@ -386,7 +396,7 @@ impl<S: Widen, E: Entry, const BITS: u32> Decode for Gather<'_, S, E, BITS> {
         let mut scratch = Vec::<E>::with_capacity(step);
         let (mut done, mut filled) = (0, 0);
         let mut source = Source::new::<S>(rows, view.row_bytes);
-        source.each::<S>(|row| {
+        while let Some(row) = source.next::<S>() {
             let mut m = 0;
             for group in &view.groups {
                 let entries = first_entry::<E>(group.entries);
@@ -394,14 +404,14 @@ impl<S: Widen, E: Entry, const BITS: u32> Decode for Gather<'_, S, E, BITS> {
                 unsafe {
                     let copies = (entries, scratch.as_mut_ptr().add(filled), row, view.bits, m, group.starts.len());
                     match group.width {
-                        1 => copy::<E, 1, BITS>(copies),
-                        2 => copy::<E, 2, BITS>(copies),
-                        3 => copy::<E, 3, BITS>(copies),
-                        4 => copy::<E, 4, BITS>(copies),
-                        5 => copy::<E, 5, BITS>(copies),
-                        6 => copy::<E, 6, BITS>(copies),
-                        7 => copy::<E, 7, BITS>(copies),
-                        8 => copy::<E, 8, BITS>(copies),
+                        1 => copy::<E, 1>(copies),
+                        2 => copy::<E, 2>(copies),
+                        3 => copy::<E, 3>(copies),
+                        4 => copy::<E, 4>(copies),
+                        5 => copy::<E, 5>(copies),
+                        6 => copy::<E, 6>(copies),
+                        7 => copy::<E, 7>(copies),
+                        8 => copy::<E, 8>(copies),
                         width => {
                             for book in 0..group.starts.len() {
                                 let entry = (book << view.bits) + code::<BITS>(row, view.bits, m + book);
@@ -418,21 +428,27 @@ impl<S: Widen, E: Entry, const BITS: u32> Decode for Gather<'_, S, E, BITS> {
                 unsafe { place::<S, E>(scratch.as_ptr(), view.scale, true, &mut out[done..done + filled]) };
                 (done, filled) = (done + filled, 0);
             }
-        });
+        }
     }
 }
 
 /// Copies the entries that a row picks from books of one width: books, place, row, bits, first code, number.
 #[inline(always)]
-unsafe fn copy<E: Entry, const WIDTH: usize, const BITS: u32>(
+unsafe fn copy<E: Entry, const WIDTH: usize>(
     (entries, to, row, bits, m, count): (*const E, *mut E, *const u8, u32, usize, usize),
 ) {
     let (entries, to) = (entries.cast::<[E; WIDTH]>(), to.cast::<[E; WIDTH]>());
-    for book in 0..count {
-        // SAFETY: passed on to the caller.
-        unsafe {
-            let entry = (book << bits) + code::<BITS>(row, bits, m + book);
-            to.add(book).write(*entries.add(entry));
+    // As many codes as eight bytes are sure to have, wherever the first one starts.
+    let (step, mask) = (if bits <= 8 { 7 } else { 3 }, (1 << bits) - 1);
+    for start in (0..count).step_by(step) {
+        let place = (m + start) * bits as usize;
+        // SAFETY: the row has the first code, and [`super::rows::SPARE`] bytes follow it.
+        let mut word = unsafe { u64::from_le(row.add(place / 8).cast::<u64>().read_unaligned()) } >> (place % 8);
+        for book in start..count.min(start + step) {
+            let entry = (book << bits) + (word & mask) as usize;
+            word >>= bits;
+            // SAFETY: passed on to the caller.
+            unsafe { to.add(book).write(*entries.add(entry)) };
         }
     }
 }

@@ -1,7 +1,7 @@
 //! Rows of small numbers with scales.
 
-use super::rows::{Decode, Job, Lookup, Pool, Reader, Source};
-use super::{check, scalar, Bags, Level, LevelsView, Rows, Scales, Widen};
+use super::rows::{Bf16, Decode, Job, Lookup, Pool, Reader, Source, F16};
+use super::{check, scalar, Bags, Level, LevelsView, Output, Rows, Scales, Widen};
 use std::marker::PhantomData;
 
 /// How a level is read: [`Level`] as a type, so that each has its own loop.
@@ -32,10 +32,16 @@ level_type!(ReadU4, U4, load_u4);
 level_type!(ReadU2, U2, load_u2);
 
 #[inline(always)]
-pub(in crate::kernels) unsafe fn lookup_levels<S: Widen>(view: &LevelsView, rows: &Rows, out: &mut [f32]) {
-    check::levels(view, rows, out);
+pub(in crate::kernels) unsafe fn lookup_levels<S: Widen>(view: &LevelsView, rows: &Rows, out: Output) {
+    check::levels(view, rows, &out);
     // SAFETY: the view was checked; the instruction set is the caller's.
-    unsafe { run::<S>(view, Lookup { rows, out }) }
+    unsafe {
+        match out {
+            Output::F32(out) => run::<S>(view, Lookup::<f32> { rows, out }),
+            Output::F16(out) => run::<S>(view, Lookup::<F16> { rows, out }),
+            Output::Bf16(out) => run::<S>(view, Lookup::<Bf16> { rows, out }),
+        }
+    }
 }
 
 #[inline(always)]
@@ -107,7 +113,7 @@ struct Vectors<'a, L, const SCALES: u8> {
 impl<S: Widen, L: LevelType, const SCALES: u8> Reader<S> for Vectors<'_, L, SCALES> {
     #[inline(always)]
     unsafe fn read<const N: usize>(&self, code: *const u8, vector: usize, dim: usize) -> [S; N] {
-        let start = <Self as Reader<S>>::column(self, vector, dim);
+        let start = <Self as Reader<S>>::column::<N>(self, vector, dim);
         // SAFETY: the row has `dim` levels and its pairs; each vector's levels start on a whole byte.
         unsafe {
             let pairs = code.add(self.view.level_bytes());
@@ -166,13 +172,13 @@ impl<S: Widen, L: LevelType> Decode for Spans<'_, S, L> {
         if let Scales::Row { block, .. } = view.scales {
             // Vectors start on whole bytes; blocks that do not are rare enough for the plain loop.
             if block < dim && !(block * bits).is_multiple_of(8) {
-                return scalar::lookup_levels(view, rows, out);
+                return scalar::decode_levels(view, rows, out);
             }
         }
         let mut out = out.chunks_exact_mut(dim);
         let mut source = Source::new::<S>(rows, view.row_bytes);
-        source.each::<S>(|code| {
-            let Some(out) = out.next() else { return };
+        while let Some(code) = source.next::<S>() {
+            let Some(out) = out.next() else { break };
             // SAFETY: a row of the source has `row_bytes` bytes.
             let code = unsafe { std::slice::from_raw_parts(code, view.row_bytes) };
             // SAFETY: the row has `dim` levels, whole blocks of which start on whole bytes, and a pair for each block.
@@ -196,7 +202,7 @@ impl<S: Widen, L: LevelType> Decode for Spans<'_, S, L> {
                     }
                 }
             }
-        });
+        }
     }
 }
 

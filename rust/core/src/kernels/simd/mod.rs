@@ -23,10 +23,10 @@ pub(super) use levels::{lookup_levels, pool_levels};
 pub(super) use nearest::{nearest, Ahead};
 pub(super) use peak::fma_peak;
 pub(super) use products::products;
-pub(super) use vectors::{add, axpy, max_into, to_bf16, to_f16};
+pub(super) use vectors::{axpy, to_bf16, to_f16};
 
 use super::{
-    check, scalar, Bags, BooksView, Extension, Ids, Level, LevelsView, Panels, Products, Rows, Scales, Values,
+    check, scalar, Bags, BooksView, Extension, Ids, Level, LevelsView, Output, Panels, Products, Rows, Scales, Values,
 };
 
 /// A loop that is compiled for an instruction set: see [`Widen::enter`].
@@ -75,6 +75,8 @@ pub(in crate::kernels) trait Simd: Copy {
 pub(in crate::kernels) trait Widen: Simd {
     /// Vectors of half as many lanes, for what is too narrow for these; the narrowest vectors are their own.
     type Half: Widen;
+    /// Vector registers.
+    const REGISTERS: usize;
     /// Runs a task in a function of its own with the instruction set switched on, so that it has all registers to itself.
     unsafe fn enter(task: impl Task);
     /// Reads `LANES` numbers of half precision.
@@ -87,10 +89,10 @@ pub(in crate::kernels) trait Widen: Simd {
     unsafe fn load_u4(from: *const u8) -> Self;
     /// Reads `LANES` pairs of bits, low bits first.
     unsafe fn load_u2(from: *const u8) -> Self;
-    /// Rounds to half precision, to nearest even, and writes `LANES` of them.
-    unsafe fn store_f16(self, to: *mut u16);
-    /// Rounds to bfloat16, to nearest even, and writes `LANES` of them.
-    unsafe fn store_bf16(self, to: *mut u16);
+    /// Rounds to half precision, to nearest even, and writes `LANES` of them; with `STREAM` as [`Widen::stream`] does.
+    unsafe fn store_f16<const STREAM: bool>(self, to: *mut u16);
+    /// Rounds to bfloat16, to nearest even, and writes `LANES` of them; with `STREAM` as [`Widen::stream`] does.
+    unsafe fn store_bf16<const STREAM: bool>(self, to: *mut u16);
     /// Writes `LANES` numbers past the caches, to an address on a multiple of 16 bytes: that of arrays of NumPy.
     unsafe fn stream(self, to: *mut f32);
     /// Makes what was streamed visible to other threads before what is written later.

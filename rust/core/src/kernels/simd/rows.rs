@@ -1,7 +1,7 @@
 //! The loops over rows that all decoders share: a lookup stores each row, a pool adds it to others in registers.
 
-use super::{scalar, Ids, Task, Widen};
-use crate::kernels::{Bags, Rows};
+use super::{scalar, to_bf16, to_f16, Ids, Task, Widen};
+use crate::kernels::{Bags, Rows, ROUNDED};
 use std::marker::PhantomData;
 use std::ops::Range;
 
@@ -26,6 +26,9 @@ pub(super) struct Source<'a> {
     /// Position behind the block.
     position: usize,
     end: usize,
+    /// Rows of the block, and how many of them [`Source::next`] gave.
+    count: usize,
+    row: usize,
     block: [*const u8; BLOCK],
     next: [*const u8; BLOCK],
 }
@@ -45,6 +48,8 @@ impl<'a> Source<'a> {
             more_lines: if in_one { 0 } else { (row_bytes + 62) / 64 },
             position: rows.range.start,
             end: rows.range.end,
+            count: 0,
+            row: 0,
             block: none,
             next: none,
         };
@@ -112,19 +117,19 @@ impl<'a> Source<'a> {
         }
     }
 
-    /// Calls `work` with the codes of each row: `row_bytes` and [`SPARE`] more bytes can be read.
+    /// The codes of the next row: `row_bytes` and [`SPARE`] more bytes can be read. Bodies of loops over rows are no
+    /// closures: those may be left out of the function that has the instruction set.
     #[inline(always)]
-    pub(super) fn each<S: Widen>(&mut self, mut work: impl FnMut(*const u8)) {
-        loop {
-            let count = self.advance();
-            for i in 0..count {
-                self.ask::<S>(i);
-                work(self.block[i]);
-            }
-            if count < BLOCK {
-                return;
+    pub(super) fn next<S: Widen>(&mut self) -> Option<*const u8> {
+        if self.row == self.count {
+            (self.row, self.count) = (0, self.advance());
+            if self.count == 0 {
+                return None;
             }
         }
+        self.ask::<S>(self.row);
+        self.row += 1;
+        Some(self.block[self.row - 1])
     }
 }
 
@@ -137,10 +142,21 @@ pub(super) trait Reader<S: Widen> {
         dim.div_ceil(S::LANES)
     }
 
-    /// Where vector `vector` stands.
+    /// Where the first of `N` vectors stands, see [`Reader::read`].
     #[inline(always)]
-    fn column(&self, vector: usize, dim: usize) -> usize {
-        (vector * S::LANES).min(dim - S::LANES)
+    fn column<const N: usize>(&self, vector: usize, dim: usize) -> usize {
+        // A row has whole vectors for `N > 1`: their places need no test.
+        if N > 1 {
+            vector * S::LANES
+        } else {
+            (vector * S::LANES).min(dim - S::LANES)
+        }
+    }
+
+    /// Where vector `i` of `N` stands.
+    #[inline(always)]
+    fn place<const N: usize>(&self, vector: usize, i: usize, dim: usize) -> usize {
+        self.column::<N>(vector, dim) + i * S::LANES
     }
 
     /// `N` vectors from `vector` on; if `N > 1` none of them is cut short by the row's end.
@@ -154,8 +170,9 @@ pub(super) trait Reader<S: Widen> {
 /// Vectors of a row that a lookup makes at a time.
 const STEP: usize = 4;
 
-/// Vectors of a row that a pool keeps in registers.
-const POOL_STEP: usize = 8;
+/// As many again: where vectors are short, so that codes are read less often, and for pools where the registers hold
+/// the sums beside what is added.
+const LONG_STEP: usize = 8;
 
 /// What is done with rows: a dispatch that chose a [`Reader`], or found none, calls one of these.
 pub(super) trait Job {
@@ -184,22 +201,95 @@ pub(super) trait Decode {
     unsafe fn decode(&self, rows: &Rows, out: &mut [f32]);
 }
 
-/// A job with whole rows.
-struct RowsTask<'a, J, D> {
-    job: J,
-    decoder: &'a D,
-    dim: usize,
+/// Half precision.
+#[derive(Clone, Copy)]
+#[repr(transparent)]
+pub(super) struct F16(pub(super) u16);
+
+/// The upper half of single precision.
+#[derive(Clone, Copy)]
+#[repr(transparent)]
+pub(super) struct Bf16(pub(super) u16);
+
+/// Type of the values of a lookup's output: values are made in single precision, and rounded as they are written.
+pub(super) trait Number {
+    /// What the output holds of a value.
+    type Bits;
+    /// Writes a vector.
+    unsafe fn write<S: Widen, const STREAM: bool>(vector: S, to: *mut Self::Bits);
+    /// Writes whole rows.
+    ///
+    /// # Safety
+    ///
+    /// As [`Decode::decode`] wants it.
+    unsafe fn rows<S: Widen>(decoder: &impl Decode, rows: &Rows, dim: usize, out: &mut [Self::Bits]);
 }
 
-impl<D: Decode> Task for RowsTask<'_, Lookup<'_>, D> {
+impl Number for f32 {
+    type Bits = f32;
     #[inline(always)]
-    unsafe fn run(self) {
+    unsafe fn write<S: Widen, const STREAM: bool>(vector: S, to: *mut f32) {
         // SAFETY: passed on to the caller.
-        unsafe { self.decoder.decode(self.job.rows, self.job.out) }
+        unsafe {
+            match STREAM {
+                true => vector.stream(to),
+                false => vector.store(to),
+            }
+        }
+    }
+    #[inline(always)]
+    unsafe fn rows<S: Widen>(decoder: &impl Decode, rows: &Rows, _: usize, out: &mut [f32]) {
+        // SAFETY: passed on to the caller.
+        unsafe { decoder.decode(rows, out) }
     }
 }
 
-impl<D: Decode> Task for RowsTask<'_, Pool<'_>, D> {
+macro_rules! narrow {
+    ($name:ident, $store:ident, $round:ident) => {
+        impl Number for $name {
+            type Bits = u16;
+            #[inline(always)]
+            unsafe fn write<S: Widen, const STREAM: bool>(vector: S, to: *mut u16) {
+                // SAFETY: passed on to the caller.
+                unsafe { vector.$store::<STREAM>(to) }
+            }
+            #[inline(always)]
+            unsafe fn rows<S: Widen>(decoder: &impl Decode, rows: &Rows, dim: usize, out: &mut [u16]) {
+                let step = (ROUNDED / dim).max(1);
+                let mut values = vec![0.0; (step * dim).min(out.len())];
+                for (index, out) in out.chunks_mut(step * dim).enumerate() {
+                    let (values, start) = (&mut values[..out.len()], index * step);
+                    // SAFETY: passed on to the caller.
+                    unsafe {
+                        decoder.decode(&rows.part(start..start + out.len() / dim), values);
+                        $round::<S>(values, out);
+                    }
+                }
+            }
+        }
+    };
+}
+
+narrow!(F16, store_f16, to_f16);
+narrow!(Bf16, store_bf16, to_bf16);
+
+/// A job with whole rows.
+struct RowsTask<'a, S, J, D> {
+    job: J,
+    decoder: &'a D,
+    dim: usize,
+    vector: PhantomData<S>,
+}
+
+impl<S: Widen, T: Number, D: Decode> Task for RowsTask<'_, S, Lookup<'_, T>, D> {
+    #[inline(always)]
+    unsafe fn run(self) {
+        // SAFETY: passed on to the caller.
+        unsafe { T::rows::<S>(self.decoder, self.job.rows, self.dim, self.job.out) }
+    }
+}
+
+impl<S: Widen, D: Decode> Task for RowsTask<'_, S, Pool<'_>, D> {
     #[inline(always)]
     unsafe fn run(self) {
         let Pool { bags, out } = self.job;
@@ -208,85 +298,99 @@ impl<D: Decode> Task for RowsTask<'_, Pool<'_>, D> {
     }
 }
 
-pub(super) struct Lookup<'a> {
+pub(super) struct Lookup<'a, T: Number> {
     pub(super) rows: &'a Rows<'a>,
-    pub(super) out: &'a mut [f32],
+    pub(super) out: &'a mut [T::Bits],
 }
 
-impl Job for Lookup<'_> {
+impl<T: Number> Job for Lookup<'_, T> {
     #[inline(always)]
     unsafe fn run<S: Widen>(self, reader: &impl Reader<S>, row_bytes: usize, dim: usize) {
-        let lines = dim.is_multiple_of(16) && (self.out.as_ptr() as usize).is_multiple_of(16);
-        let whole = |v: usize| reader.column(v, dim).is_multiple_of(S::LANES);
+        let lines = (dim * size_of::<T::Bits>()).is_multiple_of(64) && (self.out.as_ptr() as usize).is_multiple_of(16);
+        let whole = |v: usize| reader.column::<1>(v, dim).is_multiple_of(S::LANES);
         // SAFETY: passed on to the caller.
         unsafe {
-            match self.rows.stream && lines && (0..reader.vectors(dim)).all(whole) {
-                true => S::enter(LookupTask::<S, _, true> { job: self, reader, row_bytes, dim, vector: PhantomData }),
-                false => S::enter(LookupTask::<S, _, false> { job: self, reader, row_bytes, dim, vector: PhantomData }),
-            }
+            let stream = self.rows.stream && lines && (0..reader.vectors(dim)).all(whole);
+            S::enter(LookupTask::<S, T, _> { job: self, reader, row_bytes, dim, stream, vector: PhantomData });
         }
     }
 
     #[inline(always)]
     unsafe fn rows<S: Widen>(self, decoder: &impl Decode, dim: usize) {
         // SAFETY: passed on to the caller.
-        unsafe { S::enter(RowsTask { job: self, decoder, dim }) }
+        unsafe { S::enter(RowsTask::<S, _, _> { job: self, decoder, dim, vector: PhantomData }) }
     }
 }
 
-/// Decodes rows. With `STREAM`, vectors of the output start on multiples of 16 bytes.
-struct LookupTask<'a, S, R, const STREAM: bool> {
-    job: Lookup<'a>,
+/// Decodes rows.
+struct LookupTask<'a, S, T: Number, R> {
+    job: Lookup<'a, T>,
     reader: &'a R,
     row_bytes: usize,
     dim: usize,
+    /// Past the caches: rows of the output are whole lines and start on multiples of 16 bytes.
+    stream: bool,
     vector: PhantomData<S>,
 }
 
-impl<S: Widen, R: Reader<S>, const STREAM: bool> Task for LookupTask<'_, S, R, STREAM> {
+impl<S: Widen, T: Number, R: Reader<S>> Task for LookupTask<'_, S, T, R> {
     #[inline(always)]
     unsafe fn run(self) {
-        let (reader, dim) = (self.reader, self.dim);
+        let (reader, dim, stream) = (self.reader, self.dim, self.stream);
         let (vectors, whole) = (reader.vectors(dim), dim / S::LANES);
         let mut to = self.job.out.as_mut_ptr();
         let mut source = Source::new::<S>(self.job.rows, self.row_bytes);
-        source.each::<S>(|code| {
-            // SAFETY: the code is a row of the source, and each vector has its place in a row of the output.
-            unsafe {
-                let mut v = 0;
-                while v + STEP <= whole {
-                    write::<S, STEP, STREAM>(reader, code, v, dim, to);
-                    v += STEP;
+        loop {
+            let count = source.advance();
+            for i in 0..count {
+                source.ask::<S>(i);
+                let code = source.block[i];
+                // SAFETY: the code is a row of the source, and each vector has its place in a row of the output.
+                unsafe {
+                    let mut v = 0;
+                    while S::LANES < 16 && v + LONG_STEP <= whole {
+                        write::<S, T, LONG_STEP>(reader, code, v, dim, to, stream);
+                        v += LONG_STEP;
+                    }
+                    while v + STEP <= whole {
+                        write::<S, T, STEP>(reader, code, v, dim, to, stream);
+                        v += STEP;
+                    }
+                    while v < vectors {
+                        write::<S, T, 1>(reader, code, v, dim, to, stream);
+                        v += 1;
+                    }
+                    to = to.add(dim);
                 }
-                while v < vectors {
-                    write::<S, 1, STREAM>(reader, code, v, dim, to);
-                    v += 1;
-                }
-                to = to.add(dim);
             }
-        });
-        if STREAM {
+            if count < BLOCK {
+                break;
+            }
+        }
+        if stream {
             S::fence();
         }
     }
 }
 
 #[inline(always)]
-unsafe fn write<S: Widen, const N: usize, const STREAM: bool>(
+unsafe fn write<S: Widen, T: Number, const N: usize>(
     reader: &impl Reader<S>,
     code: *const u8,
     v: usize,
     dim: usize,
-    to: *mut f32,
+    to: *mut T::Bits,
+    stream: bool,
 ) {
     // SAFETY: passed on to the caller.
     unsafe {
         let values = reader.read::<N>(code, v, dim);
         for (i, value) in values.into_iter().enumerate() {
-            let to = to.add(reader.column(v + i, dim));
-            match STREAM {
-                true => value.stream(to),
-                false => value.store(to),
+            let to = to.add(reader.place::<N>(v, i, dim));
+            if stream {
+                T::write::<S, true>(value, to);
+            } else {
+                T::write::<S, false>(value, to);
             }
         }
     }
@@ -307,7 +411,7 @@ impl Job for Pool<'_> {
     #[inline(always)]
     unsafe fn rows<S: Widen>(self, decoder: &impl Decode, dim: usize) {
         // SAFETY: passed on to the caller.
-        unsafe { S::enter(RowsTask { job: self, decoder, dim }) }
+        unsafe { S::enter(RowsTask::<S, _, _> { job: self, decoder, dim, vector: PhantomData }) }
     }
 }
 
@@ -353,9 +457,9 @@ impl<S: Widen, R: Reader<S>> Task for PoolTask<'_, S, R> {
                 // SAFETY: each vector has its place in the row.
                 unsafe {
                     let mut v = 0;
-                    while v + POOL_STEP <= whole {
-                        combine::<S, POOL_STEP>(reader, &source, bags, &part, v, dim);
-                        v += POOL_STEP;
+                    while S::REGISTERS > 16 && v + LONG_STEP <= whole {
+                        combine::<S, LONG_STEP>(reader, &source, bags, &part, v, dim);
+                        v += LONG_STEP;
                     }
                     while v + STEP <= whole {
                         combine::<S, STEP>(reader, &source, bags, &part, v, dim);
@@ -367,7 +471,7 @@ impl<S: Widen, R: Reader<S>> Task for PoolTask<'_, S, R> {
                     }
                     if part.ends && bags.resume {
                         for v in 0..vectors {
-                            S::load(part.earlier.add(v * S::LANES)).store(part.out.add(reader.column(v, dim)));
+                            S::load(part.earlier.add(v * S::LANES)).store(part.out.add(reader.column::<1>(v, dim)));
                         }
                     }
                 }
@@ -407,7 +511,7 @@ unsafe fn combine<S: Widen, const N: usize>(
 ) {
     // SAFETY: the codes are rows of the source; the caller's vectors have their places in the row.
     unsafe {
-        let place = |i: usize| part.out.add(reader.column(v + i, dim));
+        let place = |i: usize| part.out.add(reader.place::<N>(v, i, dim));
         let earlier = |i: usize| part.earlier.add((v + i) * S::LANES);
         let mut all = [S::splat(0.0); N];
         if !part.begins || bags.resume {

@@ -25,8 +25,6 @@ macro_rules! zip {
 }
 
 zip!(axpy(weight: f32), |old, new| S::splat(weight).fma(new, old), weight.mul_add(new, old));
-zip!(add(), |old, new| old.add(new), old + new);
-zip!(max_into(), |old, new| new.max(old), if new > old { new } else { old });
 
 /// Rounds to a narrower type: whole vectors with the first function, the rest with the second.
 macro_rules! narrow {
@@ -37,7 +35,7 @@ macro_rules! narrow {
             let whole = out.len() - out.len() % S::LANES;
             for t in (0..whole).step_by(S::LANES) {
                 // SAFETY: both slices have `LANES` values from `t`.
-                unsafe { S::load(x.as_ptr().add(t)).$store(out.as_mut_ptr().add(t)) };
+                unsafe { S::load(x.as_ptr().add(t)).$store::<false>(out.as_mut_ptr().add(t)) };
             }
             scalar::$name(&x[whole..], &mut out[whole..]);
         }

@@ -6,7 +6,7 @@ mod vectors;
 
 use super::scalar;
 use super::simd;
-use super::{Bags, BooksView, Extension, Grids, Kernels, LevelsView, Panels, Products, Rows};
+use super::{Bags, BooksView, Extension, Grids, Kernels, LevelsView, Output, Panels, Products, Rows};
 use pack::pack;
 use vectors::{Eight, Sixteen};
 
@@ -46,8 +46,6 @@ static AVX2: Kernels = Kernels {
     quantize: avx2_quantize,
     grid_error: avx2_grid_error,
     axpy,
-    add,
-    max_into,
     to_f16: avx2_to_f16,
     to_bf16: avx2_to_bf16,
     carries,
@@ -73,8 +71,6 @@ static AVX512: Kernels = Kernels {
     quantize: avx512_quantize,
     grid_error: avx512_grid_error,
     axpy,
-    add,
-    max_into,
     to_f16: avx512_to_f16,
     to_bf16: avx512_to_bf16,
     carries,
@@ -99,25 +95,23 @@ macro_rules! shell {
     };
 }
 
-shell!("avx2,fma,f16c", fn avx2_lookup_books(view: &BooksView, rows: &Rows, out: &mut [f32])
+shell!("avx2,fma,f16c", fn avx2_lookup_books(view: &BooksView, rows: &Rows, out: Output)
     = simd::lookup_books::<Eight>);
-shell!("avx2,fma,f16c", fn avx2_lookup_levels(view: &LevelsView, rows: &Rows, out: &mut [f32])
+shell!("avx2,fma,f16c", fn avx2_lookup_levels(view: &LevelsView, rows: &Rows, out: Output)
     = simd::lookup_levels::<Eight>);
 shell!("avx2,fma,f16c", fn avx2_pool_books(view: &BooksView, bags: &Bags, out: &mut [f32])
     = simd::pool_books::<Eight>);
 shell!("avx2,fma,f16c", fn avx2_pool_levels(view: &LevelsView, bags: &Bags, out: &mut [f32])
     = simd::pool_levels::<Eight>);
-shell!("avx512f,avx512bw,avx512vl,avx2,fma,f16c", fn avx512_lookup_books(view: &BooksView, rows: &Rows, out: &mut [f32])
+shell!("avx512f,avx512bw,avx512vl,avx2,fma,f16c", fn avx512_lookup_books(view: &BooksView, rows: &Rows, out: Output)
     = simd::lookup_books::<Sixteen>);
-shell!("avx512f,avx512bw,avx512vl,avx2,fma,f16c", fn avx512_lookup_levels(view: &LevelsView, rows: &Rows, out: &mut [f32])
+shell!("avx512f,avx512bw,avx512vl,avx2,fma,f16c", fn avx512_lookup_levels(view: &LevelsView, rows: &Rows, out: Output)
     = simd::lookup_levels::<Sixteen>);
 shell!("avx512f,avx512bw,avx512vl,avx2,fma,f16c", fn avx512_pool_books(view: &BooksView, bags: &Bags, out: &mut [f32])
     = simd::pool_books::<Sixteen>);
 shell!("avx512f,avx512bw,avx512vl,avx2,fma,f16c", fn avx512_pool_levels(view: &LevelsView, bags: &Bags, out: &mut [f32])
     = simd::pool_levels::<Sixteen>);
 shell!("avx2,fma,f16c", fn axpy(out: &mut [f32], x: &[f32], weight: f32) = simd::axpy::<Eight>);
-shell!("avx2,fma,f16c", fn add(out: &mut [f32], x: &[f32]) = simd::add::<Eight>);
-shell!("avx2,fma,f16c", fn max_into(out: &mut [f32], x: &[f32]) = simd::max_into::<Eight>);
 shell!("avx2,fma,f16c", fn avx2_nearest(task: &Panels, labels: &mut [u32], best: &mut [f32], second: &mut [f32])
     = simd::nearest::<Eight, 2, 6, 1, 1>);
 shell!("avx2,fma,f16c", fn avx2_dots(task: &Products, out: &mut [f32]) = simd::products::<Eight, 2, 6, false>);

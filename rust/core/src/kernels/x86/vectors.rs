@@ -58,6 +58,34 @@ macro_rules! arithmetic {
     };
 }
 
+/// Writes 16 bytes, with `STREAM` past the caches to a multiple of 16.
+#[inline(always)]
+unsafe fn write_16<const STREAM: bool>(to: *mut u16, numbers: __m128i) {
+    // SAFETY: the caller has room, aligned where it is streamed.
+    unsafe {
+        match STREAM {
+            true => _mm_stream_si128(to.cast(), numbers),
+            false => _mm_storeu_si128(to.cast(), numbers),
+        }
+    }
+}
+
+/// Writes 32 bytes, with `STREAM` past the caches to a multiple of 16.
+#[inline(always)]
+unsafe fn write_32<const STREAM: bool>(to: *mut u16, numbers: __m256i) {
+    // SAFETY: the caller has the instruction set, and room, aligned where it is streamed.
+    unsafe {
+        if !STREAM {
+            return _mm256_storeu_si256(to.cast(), numbers);
+        }
+        if (to as usize).is_multiple_of(32) {
+            return _mm256_stream_si256(to.cast(), numbers);
+        }
+        write_16::<true>(to, _mm256_castsi256_si128(numbers));
+        write_16::<true>(to.add(8), _mm256_extracti128_si256::<1>(numbers));
+    }
+}
+
 impl Simd for Eight {
     const LANES: usize = 8;
     arithmetic!(
@@ -92,6 +120,7 @@ impl Simd for Eight {
 
 impl Widen for Eight {
     type Half = Eight;
+    const REGISTERS: usize = 16;
     #[inline(always)]
     unsafe fn enter(task: impl Task) {
         #[target_feature(enable = "avx2,fma,f16c")]
@@ -124,12 +153,12 @@ impl Widen for Eight {
         fn one_f16(bits: u16) -> f32 = _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(i32::from(bits))));
     }
     #[inline(always)]
-    unsafe fn store_f16(self, to: *mut u16) {
+    unsafe fn store_f16<const STREAM: bool>(self, to: *mut u16) {
         // SAFETY: the caller has the instruction set and room for a vector.
-        unsafe { _mm_storeu_si128(to.cast(), _mm256_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(self.0)) }
+        unsafe { write_16::<STREAM>(to, _mm256_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(self.0)) }
     }
     #[inline(always)]
-    unsafe fn store_bf16(self, to: *mut u16) {
+    unsafe fn store_bf16<const STREAM: bool>(self, to: *mut u16) {
         // SAFETY: the caller has the instruction set and room for a vector.
         unsafe {
             let bits = _mm256_castps_si256(self.0);
@@ -140,7 +169,7 @@ impl Widen for Eight {
             let nan = _mm256_castps_si256(_mm256_cmp_ps::<_CMP_UNORD_Q>(self.0, self.0));
             let all = _mm256_blendv_epi8(rounded, quiet, nan);
             let packed = _mm256_permute4x64_epi64::<0b1000>(_mm256_packus_epi32(all, all));
-            _mm_storeu_si128(to.cast(), _mm256_castsi256_si128(packed));
+            write_16::<STREAM>(to, _mm256_castsi256_si128(packed));
         }
     }
     #[inline(always)]
@@ -255,6 +284,7 @@ impl Pack for Sixteen {
 
 impl Widen for Sixteen {
     type Half = Eight;
+    const REGISTERS: usize = 32;
     #[inline(always)]
     unsafe fn enter(task: impl Task) {
         #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx2,fma,f16c")]
@@ -290,12 +320,12 @@ impl Widen for Sixteen {
         fn one_f16(bits: u16) -> f32 = Eight::one_f16(bits);
     }
     #[inline(always)]
-    unsafe fn store_f16(self, to: *mut u16) {
+    unsafe fn store_f16<const STREAM: bool>(self, to: *mut u16) {
         // SAFETY: the caller has the instruction set and room for a vector.
-        unsafe { _mm256_storeu_si256(to.cast(), _mm512_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(self.0)) }
+        unsafe { write_32::<STREAM>(to, _mm512_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(self.0)) }
     }
     #[inline(always)]
-    unsafe fn store_bf16(self, to: *mut u16) {
+    unsafe fn store_bf16<const STREAM: bool>(self, to: *mut u16) {
         // SAFETY: the caller has the instruction set and room for a vector.
         unsafe {
             let bits = _mm512_castps_si512(self.0);
@@ -304,7 +334,7 @@ impl Widen for Sixteen {
             let rounded = _mm512_srli_epi32::<16>(_mm512_add_epi32(bits, even));
             let nan = _mm512_cmp_ps_mask::<_CMP_UNORD_Q>(self.0, self.0);
             let all = _mm512_mask_or_epi32(rounded, nan, upper, _mm512_set1_epi32(0x40));
-            _mm256_storeu_si256(to.cast(), _mm512_cvtepi32_epi16(all));
+            write_32::<STREAM>(to, _mm512_cvtepi32_epi16(all));
         }
     }
     #[inline(always)]
