@@ -1,8 +1,7 @@
 """KMeans beside scikit-learn's, and what it adds."""
 
-import warnings
-
 import itertools
+import warnings
 
 import numpy as np
 import pytest
@@ -343,7 +342,7 @@ def relocated_row():
 
 def test_a_relocated_row_is_compared_with_its_former_centre():
     x, weights, centers = relocated_row()
-    kmeans = vqrs.KMeans(len(centers), init=centers, n_init=1, max_iter=100, tol=0.0).fit(x, sample_weight=weights)
+    kmeans = KMeans(len(centers), init=centers, n_init=1, max_iter=100, tol=0.0).fit(x, sample_weight=weights)
     assert np.array_equal(kmeans.labels_, kmeans.predict(x))
 
 
@@ -353,10 +352,10 @@ def test_heavy_rows_leave_nothing_behind(ratio):
         rng = np.random.default_rng(seed)
         x = rng.uniform(-10, 10, size=(60, 2)).astype("f4")
         weights = np.where(np.arange(60) < 6, ratio * rng.uniform(0.5, 2, 60), 1.0)
-        kmeans = vqrs.KMeans(8, init=x[6:14], n_init=1, max_iter=4, tol=0.0).fit(x, sample_weight=weights)
+        kmeans = KMeans(8, init=x[6:14], n_init=1, max_iter=4, tol=0.0).fit(x, sample_weight=weights)
         assert np.abs(kmeans.cluster_centers_).max() <= 10
 
 
 def test_weights_that_overflow_are_refused():
     with pytest.raises(ValueError, match=r"sample_weight\[0\]=1e308 .*scale all of them down"):
-        vqrs.KMeans(3).fit(np.eye(24), sample_weight=np.full(24, 1e308))
+        KMeans(3).fit(np.eye(24), sample_weight=np.full(24, 1e308))
