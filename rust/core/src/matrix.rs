@@ -72,7 +72,7 @@ impl<'a> Matrix<'a> {
 }
 
 /// The largest weight that is accepted: its product with a squared distance, summed over any table, stays finite.
-const MAX_WEIGHT: f64 = 1e200;
+const MAX_WEIGHT: f64 = 1e250;
 
 /// Refuses weights that are negative, not finite or too large.
 pub fn check_weights(weights: &[f64]) -> Result<()> {
