@@ -18,7 +18,7 @@ use std::sync::{Arc, OnceLock};
 pub use format::{Mode, Verify};
 
 /// Lookups below this many values stay on the calling thread: starting threads costs more than they save.
-const PARALLEL_VALUES: usize = 1 << 18;
+const PARALLEL_VALUES: usize = 1 << 20;
 
 /// Rows that one task of a parallel lookup reads.
 const TASK_ROWS: usize = 4096;
