@@ -129,6 +129,9 @@ def test_eval(rows, source, table):
     worst = (squares / (rows.astype(np.float64) ** 2).sum(axis=1)).max()
     assert shown["relative_error_of_rows"]["percentile_100"] == pytest.approx(worst)
     assert shown["nbytes"] == os.path.getsize(table)
+    errors = run_json("info", table)["errors"]
+    assert shown["gaussian_bound"] == pytest.approx(errors["gaussian_bound"], rel=1e-3)
+    assert shown["above_bound_db"] == pytest.approx(errors["above_bound_db"], abs=0.01)
     assert "percentile_99" in run("eval", table, source)
 
 

@@ -373,7 +373,9 @@ def test_info(small_table, small_rows, decoded, table_file):
     assert info["errors"]["relative"] == small_table.relative_error == pytest.approx(relative, rel=1e-4)
     centred = ((small_rows - decoded) ** 2).sum() / ((small_rows - small_rows.mean(axis=0)) ** 2).sum()
     assert info["errors"]["centred"] == pytest.approx(centred, rel=1e-4)
-    assert 0 < info["errors"]["gaussian_bound"] < relative
+    bound = info["errors"]["gaussian_bound"]
+    assert 0 < bound < relative
+    assert info["errors"]["above_bound_db"] == pytest.approx(10 * np.log10(relative / bound), rel=1e-4)
     assert info["bits_per_value"] == pytest.approx(32 / small_table.ratio)
     with vqrs.open(table_file) as opened:
         assert opened.info() == info | {"path": str(table_file)}
@@ -391,7 +393,10 @@ def test_prints(small_table, table_file):
     text = repr(small_table)
     for part in ["(3000, 24)", "product", "281.2 KiB -> ", f"ratio={small_table.ratio:.2f}", "relative_error=0."]:
         assert part in text
+    above = small_table.info()["errors"]["above_bound_db"]
+    assert f"({above:+.2f} dB)" in text
     assert "<td" in small_table._repr_html_()
+    assert f"({above:+.2f} dB)" in small_table._repr_html_()
     table = vqrs.open(table_file)
     assert str(table_file) in repr(table)
     table.close()

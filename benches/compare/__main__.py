@@ -50,6 +50,21 @@ def compare_kmeans(options: argparse.Namespace) -> None:
     print(report.surroundings_line(record))
 
 
+def compare_rates(options: argparse.Namespace) -> None:
+    """Runs what has no raw line yet."""
+    set_up(options.threads)
+    from . import datasets, rates
+
+    for name in options.dataset:
+        x = datasets.DATASETS[name].load()
+        if x is None:
+            print(f"{name}: not at hand in {datasets.folder()}")
+            continue
+        for record in rates.run_peers(name, x):
+            rates.keep(record)
+            print(rates.line(record), flush=True)
+
+
 def measure_speed(options: argparse.Namespace) -> None:
     """Runs the jobs in a process for each setting."""
     from .speed import settings
@@ -97,6 +112,10 @@ def main() -> None:
     kmeans.set_defaults(do=compare_kmeans)
     for command in (error, kmeans):
         command.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="threads of every library")
+    rates = commands.add_parser("rates", help="error against bytes of all kinds and peers, 0.5 to 8 bits a value")
+    rates.add_argument("--dataset", nargs="+", default=["glove", "minilm", "sift", "scifact", "gowalla"])
+    rates.add_argument("--threads", type=int, default=1, help="threads of every library")
+    rates.set_defaults(do=compare_rates)
     speed = commands.add_parser("speed", help="times beside those of torch, numpy, Faiss, scikit-learn, nanopq")
     speed.add_argument("--job", nargs="+", help="only these; an unknown name lists them")
     speed.add_argument("--quick", action="store_true", help="a tenth of the rows and of the time: shows that all works")

@@ -31,15 +31,15 @@ def folder() -> Path:
     return Path(os.environ.get("VQRS_BENCH_DATA", beside))
 
 
-def from_folder(file: str) -> Callable[[], Rows | None]:
-    """A loader of the array ``vectors`` of a file in the folder."""
+def from_folder(file: str, array: str = "vectors") -> Callable[[], Rows | None]:
+    """A loader of an array of a file in the folder."""
 
     def load() -> Rows | None:
         path = folder() / file
         if not path.exists():
             return None
         with np.load(path) as arrays:
-            return arrays["vectors"].astype(np.float32)
+            return arrays[array].astype(np.float32)
 
     return load
 
@@ -54,6 +54,23 @@ def minilm_tokens() -> Rows | None:
     with safe_open(Path(package.origin).parent / "model" / "model.safetensors", framework="numpy") as file:
         name = next(key for key in file.keys() if key.endswith("word_embeddings.weight"))  # noqa: SIM118
         return np.asarray(file.get_tensor(name), dtype=np.float32)
+
+
+def gowalla_factors() -> Rows | None:
+    """Users and items of a recommender: the 64 leading singular vectors of its degree-normalised matrix."""
+    path = folder() / "gowalla.npz"
+    if not path.exists():
+        return None
+    from scipy.sparse import csr_matrix, diags
+    from scipy.sparse.linalg import svds
+
+    with np.load(path) as arrays:
+        items, starts = arrays["train_items"].astype(np.int64), arrays["train_indptr"].astype(np.int64)
+    matrix = csr_matrix((np.ones(len(items)), items, starts))
+    of_users, of_items = (np.maximum(np.asarray(matrix.sum(axis=axis)).ravel(), 1) for axis in (1, 0))
+    normalised = diags(of_users**-0.5) @ matrix @ diags(of_items**-0.5)
+    users, _, items_by = svds(normalised, 64, v0=np.ones(min(matrix.shape)), random_state=0)
+    return np.vstack([users * of_users[:, None] ** 0.5, items_by.T * of_items[:, None] ** 0.5]).astype(np.float32)
 
 
 def gaussian() -> Rows:
@@ -76,6 +93,8 @@ DATASETS = {
         Dataset("minilm", "token table of all-MiniLM-L6-v2", minilm_tokens),
         Dataset("glove", "GloVe 6B, 150,000 most frequent words", from_folder("glove_100d_150k.npz")),
         Dataset("sift", "SIFT descriptors", from_folder("sift5k.npz")),
+        Dataset("scifact", "MiniLM embeddings of SciFact abstracts", from_folder("scifact_minilm.npz", "doc_emb")),
+        Dataset("gowalla", "SVD factors of Gowalla's users and items", gowalla_factors),
         Dataset("gaussian", "independent normal values", gaussian),
         Dataset("clusters", "a mixture of normal clusters", clusters),
     )

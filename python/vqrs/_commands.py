@@ -22,8 +22,10 @@ from rich.table import Table as RichTable
 import vqrs
 from vqrs import _core, demo
 from vqrs._bytes import format_bytes, parse_bytes
+from vqrs._encode import RowSample
 from vqrs._readers import Rows, read_names, read_rows, read_weights
 from vqrs._validation import as_matrix
+from vqrs.metrics import above_bound_db
 
 app = typer.Typer(
     name="vqrs",
@@ -245,11 +247,13 @@ def _compare(table: vqrs.Table, source: Rows, progress: _core.Progress | None) -
         raise ValueError(f"the table has shape {table.shape}, the rows have {tuple(source.values.shape)}")
     n_rows, dim = table.shape
     errors, energies, cosines = np.empty(n_rows), np.empty(n_rows), np.empty(n_rows)
-    largest = 0.0
+    largest, sample = 0.0, RowSample(dim)
     step = max(1, EVALUATED_BYTES // (4 * dim))
     for start in range(0, n_rows, step):
         stop = min(n_rows, start + step)
-        x = as_matrix(source.values[start:stop]).astype(np.float64)
+        block = as_matrix(source.values[start:stop])
+        sample.add(block)
+        x = block.astype(np.float64)
         decoded = table.decode(start, stop).astype(np.float64)
         errors[start:stop] = ((x - decoded) ** 2).sum(axis=1)
         energies[start:stop] = (x**2).sum(axis=1)
@@ -259,8 +263,12 @@ def _compare(table: vqrs.Table, source: Rows, progress: _core.Progress | None) -
             progress("comparing", stop, n_rows)
     of_rows = np.divide(errors, energies, out=np.where(errors > 0, np.inf, 0.0), where=energies > 0)
     percentiles = (50, 90, 99, 100)
+    relative = float(errors.sum() / energies.sum()) if energies.any() else float(of_rows.max())
+    bound = sample.gaussian_bound(table._core.codec())
     return {
-        "relative_error": float(errors.sum() / energies.sum()) if energies.any() else float(of_rows.max()),
+        "relative_error": relative,
+        **bound,
+        "above_bound_db": above_bound_db(relative, bound.get("gaussian_bound", 0)),
         "cosine": {"mean": float(cosines.mean()), "min": float(cosines.min())},
         "max_absolute_error": largest,
         "relative_error_of_rows": {

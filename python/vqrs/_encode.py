@@ -169,10 +169,19 @@ class RowSample:
         """The bound at the rate of a table of the rows seen, as an entry of its errors; none where too costly."""
         if self.n_seen == 0 or codec.dim > LARGEST_BOUND_DIM:
             return {}
-        nbytes = _core.estimate(codec.kind, codec.parameters, self.n_seen, codec.dim)
+        # Without names and metadata, which say nothing about the rows.
+        nbytes = min(
+            _core.estimate(codec.kind, codec.parameters, self.n_seen, codec.dim), _stored_bytes(codec, self.n_seen)
+        )
         bound = gaussian_bound(self._rows, 8 * nbytes / (self.n_seen * codec.dim))
         # Six digits: the last ones depend on the machine's BLAS and its threads, and the table's bytes must not.
         return {"gaussian_bound": float(f"{bound:.6g}")}
+
+
+def _stored_bytes(codec: _core.Codec, n_rows: int) -> int:
+    """About the bytes of a table: where a kind's size depends on its rows, an estimate is an upper bound only."""
+    stored = n_rows * codec.row_bytes + sum(tensor.nbytes for tensor in codec.tensors().values())
+    return stored + stored // 4096 + 8192
 
 
 def _priorities(start: int, stop: int) -> NDArray[np.uint64]:

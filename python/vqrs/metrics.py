@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 from numpy.typing import ArrayLike
 
-__all__ = ["gaussian_bound", "relative_error"]
+__all__ = ["above_bound_db", "gaussian_bound", "relative_error"]
 
 
 def relative_error(x: ArrayLike, x_hat: ArrayLike, sample_weight: ArrayLike | None = None) -> float:
@@ -97,6 +99,32 @@ def gaussian_bound(x: ArrayLike, bits_per_value: float) -> float:
         return 0.0
     levels = _water_levels(np.log2(variances), bits_per_value * x.shape[1])
     return float(np.minimum(levels, variances).sum() / energy)
+
+
+def above_bound_db(relative_error: float, bound: float) -> float | None:
+    """How far a relative error lies above a bound, in decibels: 10 log₁₀(error / bound); 6.02 dB are worth one bit.
+
+    Parameters
+    ----------
+    relative_error : float
+        What a code reached.
+    bound : float
+        What :func:`gaussian_bound` says for its rate.
+
+    Returns
+    -------
+    float or None
+        Negative below the bound, as for rows that are not Gaussian; None where either is zero or not finite.
+
+    Examples
+    --------
+    >>> from vqrs.metrics import above_bound_db
+    >>> round(above_bound_db(0.1175, 0.0625), 2)
+    2.74
+    """
+    if not 0 < bound < math.inf or not 0 < relative_error < math.inf:
+        return None
+    return 10 * math.log10(relative_error / bound)
 
 
 def _water_levels(log_variances: np.ndarray, bits_per_row: float) -> float:

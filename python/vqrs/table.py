@@ -15,6 +15,7 @@ from numpy.typing import ArrayLike, DTypeLike, NDArray
 from vqrs import _core
 from vqrs._bytes import format_bytes
 from vqrs._validation import as_array, as_jobs, as_matrix
+from vqrs.metrics import above_bound_db
 
 __all__ = ["Table", "open"]
 
@@ -175,10 +176,11 @@ class Table:
             What the file's header says (kind, parameters, decoder, library), ``path``, ``tensors`` (shapes of the codes
             and of what decodes them), ``nbytes``, ``float32_nbytes``, ``ratio``, ``bits_per_value`` (all bytes
             counted), and ``errors``: ``relative`` (squared error over squared norm), ``centred`` (the same after
-            removing the mean row), ``weighted`` if the rows had weights, and ``gaussian_bound``, the least relative
-            error of any code of as many bits on Gaussian rows of the same covariance.
+            removing the mean row), ``weighted`` if the rows had weights, ``gaussian_bound``, the least relative error
+            of any code of as many bits on Gaussian rows of the same covariance, and ``above_bound_db``, the distance of
+            ``relative`` to it in decibels (6.02 dB are worth one bit a value; None where it has none).
         """
-        return json.loads(self._core.info()) | {
+        return self._header() | {
             "path": self.path,
             "tensors": {
                 name: list(tensor.shape) for name, tensor in ({"codes": self.codes} | self._core.tensors()).items()
@@ -188,6 +190,14 @@ class Table:
             "ratio": self.ratio,
             "bits_per_value": 8 * self.nbytes / self.size,
         }
+
+    def _header(self) -> dict[str, Any]:
+        """What the file's header says, and how far the error is from the bound there."""
+        header = json.loads(self._core.info())
+        errors = header.get("errors", {})
+        if "gaussian_bound" in errors:
+            errors["above_bound_db"] = above_bound_db(self.relative_error, errors["gaussian_bound"])
+        return header
 
     def __repr__(self) -> str:
         if self._core.closed:
@@ -212,6 +222,9 @@ class Table:
             "ratio": f"{self.ratio:.2f}",
             "relative_error": f"{self.relative_error:.4g}",
         }
+        errors = self._header().get("errors", {})
+        if errors.get("above_bound_db") is not None:
+            summary["gaussian_bound"] = f"{errors['gaussian_bound']:.4g} ({errors['above_bound_db']:+.2f} dB)"
         return summary if self.path is None else summary | {"path": self.path}
 
     # ---- reading ---------------------------------------------------------------------------------------------------

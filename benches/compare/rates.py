@@ -1,0 +1,148 @@
+"""Error against bytes at fixed rates: every kind of ours and every codec of the peers, all bytes counted.
+
+Each run is one raw line in ``results/rates.jsonl`` and is not repeated while its line is there. A peer counts for a
+rate if its bytes are at most 1 % above it, since not all of its settings hit one; ours has to keep within it. Codebooks
+and rotations of peers are counted in float16, two bytes a value, though they keep four; ``nbytes_as_stored`` has those.
+"""
+
+import json
+import multiprocessing
+import os
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .methods import Method
+from .run import measure
+from .surroundings import RESULTS, processor, surroundings
+
+FILE = RESULTS / "rates.jsonl"
+RATES = (0.5, 1, 1.25, 1.5, 2, 2.25, 3, 4, 6, 8)
+"""Bits a value, everything counted."""
+
+PEER_SLACK = 1.01
+TRAIN_ROWS = 65_536
+SECONDS = 600
+"""A run that takes longer is given up, and its line says so."""
+
+
+def peers(n_rows: int, dim: int) -> list[Method]:
+    """Every setting of a peer that comes close below one of the rates; those that take minutes last."""
+    from .methods import faiss_kinds as faiss
+    from .methods.plain_kinds import Plain
+
+    plans: list[list[Method]] = [
+        [faiss.Scalar(dtype) for dtype in ("4bit", "6bit", "8bit", "fp16", "4bit_uniform", "8bit_uniform")],
+        [Plain(dtype, block) for dtype in ("int4", "int8") for block in (None, 32, 64, 128)],
+        [Plain("nf4", block) for block in (None, 32, 64, 128)],
+        [faiss.RotatedLevels(n_bits) for n_bits in range(1, 9)],
+        [faiss.RaBitQ(n_bits) for n_bits in range(1, 10)],
+    ]
+    slow: list[list[Method]] = [[], [], [], [], []]
+    for rate in RATES:
+        budget = PEER_SLACK * rate * n_rows * dim / 8
+        for n_bits in (8, 6, 10):
+            parts = _largest(_divisors(dim), lambda m, b=n_bits: n_rows * -(-m * b // 8) + (2 * dim << b), budget)
+            if parts and n_rows > 30 << n_bits:
+                slow[0].append(faiss.Product(parts, n_bits))
+        parts = _largest(_divisors(dim), lambda m: n_rows * m + (2 * dim << 8), budget - 2 * dim * (dim + 1))
+        if parts and rate <= 4:
+            slow[1].append(faiss.OptimizedProduct(parts, 8))
+        for n_stages, n_bits in ((2, 8), (3, 8), (2, 6)):
+            parts = _largest(
+                _divisors(dim),
+                lambda m, s=n_stages, b=n_bits: n_rows * -(-m * s * b // 8) + (2 * s * dim << b),
+                budget,
+            )
+            if parts and rate <= 4:
+                slow[2].append(faiss.ProductResidual(parts, n_stages, n_bits))
+        for n_bits, most in ((8, 16), (6, 24), (4, 32)):
+            size = lambda m, b=n_bits: n_rows * -(-m * b // 8) + (2 * m * dim << b)  # noqa: E731
+            stages = _largest(range(1, 128), size, budget)
+            if stages and stages <= most and rate <= 2:
+                slow[3].append(faiss.Residual(stages, n_bits, 5))
+        size = lambda m: n_rows * m + (2 * m * dim << 8)  # noqa: E731
+        books = _largest(range(1, 128), size, budget)
+        if books and books <= 9 and rate <= 1:
+            slow[4].append(faiss.LocalSearch(books, 8))
+    return [method for plan in plans + slow for method in plan]
+
+
+def _divisors(dim: int) -> list[int]:
+    return [m for m in range(1, dim + 1) if dim % m == 0]
+
+
+def _largest(values: Any, size: Any, budget: float) -> int | None:
+    return max((m for m in values if size(m) <= budget), default=None)
+
+
+def run_peers(dataset: str, x: NDArray[np.float32]) -> Iterator[dict[str, Any]]:
+    """One record a setting that has none yet."""
+    done = {key(record) for record in read()}
+    for method in peers(*x.shape):
+        record = {"dataset": dataset, "library": method.library, "settings": method.settings}
+        if key(record) not in done:
+            done.add(key(record))
+            yield record | {"side": "peer", **_about(x), **_within_time(method, x)}
+
+
+def key(record: dict[str, Any]) -> str:
+    """What makes two records the same run."""
+    return json.dumps([record[name] for name in ("dataset", "library", "settings")], sort_keys=True)
+
+
+def read() -> list[dict[str, Any]]:
+    """The raw lines kept so far."""
+    return [json.loads(line) for line in FILE.read_text("utf-8").splitlines()] if FILE.exists() else []
+
+
+def keep(record: dict[str, Any]) -> None:
+    """Appends a raw line."""
+    FILE.parent.mkdir(exist_ok=True)
+    with open(FILE, "a", encoding="utf-8") as file:
+        file.write(json.dumps(record) + "\n")
+
+
+def line(record: dict[str, Any]) -> str:
+    """A record in one line."""
+    name = " ".join(str(value) for value in record["settings"].values())
+    if "relative_error" not in record:
+        return f"{record['dataset']:<8}{record['library']:<14}{name:<44} none: {record['seconds']:.0f} s"
+    return (
+        f"{record['dataset']:<8}{record['library']:<14}{name:<44}{record['bits_per_value']:>8.4f} bits"
+        f"{record['relative_error']:>12.4g}{record['seconds']:>9.1f} s"
+    )
+
+
+def _about(x: NDArray[np.float32]) -> dict[str, Any]:
+    around = surroundings(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    shared = {name: around[name] for name in ("date", "commit", "threads")}
+    return shared | {"machine": processor(), "n_rows": len(x), "n_features": x.shape[1]}
+
+
+def _within_time(method: Method, x: NDArray[np.float32]) -> dict[str, Any]:
+    """What was measured, by a child that is ended when it takes too long: the peers cannot be interrupted."""
+    context = multiprocessing.get_context("fork")
+    receiver, sender = context.Pipe(duplex=False)
+    child = context.Process(target=_measure_into, args=(sender, method, x))
+    begin = time.perf_counter()
+    child.start()
+    found = receiver.recv() if receiver.poll(SECONDS) else {"given_up_after_s": SECONDS}
+    if "given_up_after_s" in found:
+        child.terminate()
+    child.join()
+    return found | {"seconds": round(time.perf_counter() - begin, 3)}
+
+
+def _measure_into(sender: Any, method: Any, x: NDArray[np.float32]) -> None:
+    try:
+        method.train_rows, method.value_bytes = TRAIN_ROWS, 2
+        found = measure(method, x)
+        method.value_bytes = 4
+        found |= {"nbytes_as_stored": method.nbytes(len(x)), "bits_per_value": 8 * found["nbytes"] / x.size}
+    except Exception as error:  # A setting that a peer refuses is a result too.
+        found = {"refused": f"{type(error).__name__}: {error}"[:200]}
+    sender.send(found)
