@@ -143,9 +143,18 @@ def test_eval_of_zero_rows(tmp_path):
     assert run_json("eval", tmp_path / "table", tmp_path / "rows.npy")["cosine"] == {"mean": 1.0, "min": 1.0}
 
 
+def test_tune(source, tmp_path):
+    shown = run_json("tune", source, "--ratio", "2", "--method", "scalar", "--method", "product", "--effort", "fast")
+    assert {trial["kind"] for trial in shown["trials"]} == {"product", "scalar"}
+    assert any(trial["curve"] for trial in shown["trials"])
+    text = run("tune", source, "--bytes", "20KiB", "--effort", "fast", "--plot", tmp_path / "front.png")
+    assert "lookup ns" in text
+    assert (tmp_path / "front.png").exists()
+
+
 def test_help_names_the_commands():
     shown = run("--help")
-    for command in ["compress", "info", "verify", "lookup", "eval", "demo"]:
+    for command in ["compress", "info", "verify", "lookup", "eval", "tune", "demo"]:
         assert command in shown
     assert "--max-error" in run("compress", "--help")
 

@@ -41,34 +41,43 @@ def peers(n_rows: int, dim: int) -> list[Method]:
         [faiss.RotatedLevels(n_bits) for n_bits in range(1, 9)],
         [faiss.RaBitQ(n_bits) for n_bits in range(1, 10)],
     ]
-    slow: list[list[Method]] = [[], [], [], [], []]
     for rate in RATES:
         budget = PEER_SLACK * rate * n_rows * dim / 8
-        for n_bits in (8, 6, 10):
-            parts = _largest(_divisors(dim), lambda m, b=n_bits: n_rows * -(-m * b // 8) + (2 * dim << b), budget)
-            if parts and n_rows > 30 << n_bits:
-                slow[0].append(faiss.Product(parts, n_bits))
-        parts = _largest(_divisors(dim), lambda m: n_rows * m + (2 * dim << 8), budget - 2 * dim * (dim + 1))
-        if parts and rate <= 4:
-            slow[1].append(faiss.OptimizedProduct(parts, 8))
-        for n_stages, n_bits in ((2, 8), (3, 8), (2, 6)):
-            parts = _largest(
-                _divisors(dim),
-                lambda m, s=n_stages, b=n_bits: n_rows * -(-m * s * b // 8) + (2 * s * dim << b),
-                budget,
-            )
-            if parts and rate <= 4:
-                slow[2].append(faiss.ProductResidual(parts, n_stages, n_bits))
-        for n_bits, most in ((8, 16), (6, 24), (4, 32)):
-            size = lambda m, b=n_bits: n_rows * -(-m * b // 8) + (2 * m * dim << b)  # noqa: E731
-            stages = _largest(range(1, 128), size, budget)
-            if stages and stages <= most and rate <= 2:
-                slow[3].append(faiss.Residual(stages, n_bits, 5))
-        size = lambda m: n_rows * m + (2 * m * dim << 8)  # noqa: E731
-        books = _largest(range(1, 128), size, budget)
-        if books and books <= 9 and rate <= 1:
-            slow[4].append(faiss.LocalSearch(books, 8))
-    return [method for plan in plans + slow for method in plan]
+        plans += _product_codes(n_rows, dim, budget) + (_sums(n_rows, dim, budget) if rate <= 2 else [])
+    return [method for plan in plans for method in plan]
+
+
+def _product_codes(n_rows: int, dim: int, budget: float) -> list[list[Method]]:
+    """Product codes without and with a rotation, in the most parts that fit; 8 bits, or less for small tables."""
+    from .methods import faiss_kinds as faiss
+
+    found: list[list[Method]] = []
+    for n_bits in (8, 6):
+        size = lambda m, b=n_bits: n_rows * -(-m * b // 8) + (2 * dim << b)  # noqa: E731
+        if n_rows > 30 << n_bits and (parts := _largest(_divisors(dim), size, budget)):
+            found.append([faiss.Product(parts, n_bits)])
+        parts = _largest(_divisors(dim), size, budget - 2 * dim * (dim + 1))
+        if n_rows > 30 << n_bits and parts and parts * 2 <= dim and (n_bits == 8 or n_rows < 10_000):
+            found.append([faiss.OptimizedProduct(parts, n_bits)])
+    return found
+
+
+def _sums(n_rows: int, dim: int, budget: float) -> list[list[Method]]:
+    """Residual, product-residual and additive codes of the most stages that fit, as far as they take minutes."""
+    from .methods import faiss_kinds as faiss
+
+    found: list[list[Method]] = []
+    for n_bits, most in ((8, 16), (6, 24), (4, 32)):
+        stages = _largest(range(1, 128), lambda m, b=n_bits: n_rows * -(-m * b // 8) + (2 * m * dim << b), budget)
+        if stages and stages <= most:
+            found.append([faiss.Residual(stages, n_bits, 5)])
+        if stages and stages <= 9 and n_bits >= 6:
+            found.append([faiss.LocalSearch(stages, n_bits)])
+    for n_bits in (8, 6):
+        size = lambda m, b=n_bits: n_rows * -(-m * 2 * b // 8) + (4 * dim << b)  # noqa: E731
+        if parts := _largest(_divisors(dim), size, budget):
+            found.append([faiss.ProductResidual(parts, 2, n_bits)])
+    return found
 
 
 def _divisors(dim: int) -> list[int]:

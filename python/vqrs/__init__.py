@@ -21,6 +21,7 @@ from vqrs._core import (
     hardware,
     kinds,
 )
+from vqrs._tune import TuneResult, TuneTrial, tune
 from vqrs.table import Table, open
 
 if TYPE_CHECKING:
@@ -46,6 +47,8 @@ __all__ = [
     "TableCorruptError",
     "TableError",
     "TableVersionError",
+    "TuneResult",
+    "TuneTrial",
     "VectorQuantizer",
     "__version__",
     "compress",
@@ -53,6 +56,7 @@ __all__ = [
     "hardware",
     "kinds",
     "open",
+    "tune",
 ]
 
 

@@ -40,10 +40,14 @@ app = typer.Typer(
 
 TableFile = Annotated[Path, typer.Argument(metavar="T", help="A table file.", show_default=False)]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+Effort = Annotated[Literal["fast", "balanced", "best"], typer.Option(help="How much is tried.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="Threads, all by default.", show_default=False)]
 
 EVALUATED_BYTES = 64 << 20
 """Float32 bytes of rows that ``eval`` looks at at a time."""
+
+WIDE = 180
+"""Columns of a table with a head, where the output is no terminal."""
 
 
 @app.callback()
@@ -72,6 +76,7 @@ def compress(
         float | None,
         typer.Option(help="Largest relative squared error.", show_default=False),
     ] = None,
+    effort: Effort = "balanced",
     settings: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="NAME=VALUE", help="A parameter of the method.", show_default=False),
@@ -101,6 +106,7 @@ def compress(
             rows.values,
             **budget,
             method=method,
+            effort=effort,
             path=out,
             sample_weight=None if weights is None else read_weights(weights),
             names=rows.names if names is None else read_names(names),
@@ -110,6 +116,62 @@ def compress(
             **parameters,
         )
     _show_table(table, as_json, {"seconds": round(time.perf_counter() - start, 3)})
+
+
+@app.command()
+def tune(
+    source: Annotated[str, typer.Argument(metavar="IN", help="The rows.", show_default=False)],
+    ratios: Annotated[
+        list[float] | None, typer.Option("--ratio", help="A ratio to float32, repeatable.", show_default=False)
+    ] = None,
+    budgets: Annotated[
+        list[str] | None, typer.Option("--bytes", help="Bytes, for example 64MiB; repeatable.", show_default=False)
+    ] = None,
+    methods: Annotated[
+        list[str] | None,
+        typer.Option("--method", help="A kind to try, repeatable; all by default.", show_default=False),
+    ] = None,
+    effort: Effort = "balanced",
+    cross_validate: Annotated[
+        int | None,
+        typer.Option(min=2, help="Folds: judge by rows that were not fitted.", show_default=False),
+    ] = None,
+    weights: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="A weight a row: .npy, or text with one a line.", show_default=False),
+    ] = None,
+    plot: Annotated[
+        Path | None, typer.Option(metavar="PNG", help="Draw error beside bits.", show_default=False)
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Equal seeds give equal bytes and errors.")] = 0,
+    threads: Threads = None,
+    as_json: Json = False,
+) -> None:
+    """Try the kinds on a sample of the rows of IN: bytes, error, seconds to fit, nanoseconds a lookup."""
+    for method in methods or []:
+        _read_settings(method, [])
+    rows = read_rows(source)
+    with _progress_bar() as progress:
+        result = vqrs.tune(
+            rows.values,
+            ratios or None,
+            nbytes=budgets or None,
+            method=methods or None,
+            effort=effort,
+            cross_validate=cross_validate,
+            sample_weight=None if weights is None else read_weights(weights),
+            random_state=seed,
+            n_jobs=threads,
+            progress=progress or False,
+        )
+    if plot is not None:
+        result.save_plot(plot)
+    if as_json:
+        _print_json(result.to_dict())
+        return
+    head, *lines = result.lines()
+    _print_rows(f"{source}: {result.title()}", lines, head)
+    print("* less error than all of fewer bytes")
 
 
 @app.command()
@@ -351,14 +413,18 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, st
             yield prefix + name, str(value)
 
 
-def _print_rows(title: str, rows: list[list[str]]) -> None:
+def _print_rows(title: str, rows: list[list[str]], head: list[str] | None = None) -> None:
     """Rows of texts, in columns."""
-    shown = RichTable(title=title, title_justify="left", show_header=False)
-    for _ in rows[0]:
-        shown.add_column(overflow="fold")
+    shown = RichTable(title=title, title_justify="left", show_header=head is not None)
+    for text in head or [""] * len(rows[0]):
+        shown.add_column(text, overflow="fold")
     for row in rows:
         shown.add_row(*row)
-    Console(markup=False, highlight=False).print(shown)
+    console = Console(markup=False, highlight=False)
+    if head is not None and not console.is_terminal:
+        # A wide table in a file or a pipe keeps its lines whole.
+        console.width = max(console.width, WIDE)
+    console.print(shown)
 
 
 def _print_json(values: Mapping[str, Any]) -> None:

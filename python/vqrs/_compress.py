@@ -7,7 +7,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -15,9 +15,9 @@ from numpy.typing import ArrayLike
 from vqrs import _core
 from vqrs._bytes import parse_bytes
 from vqrs._encode import encode_table, table_from_codes
-from vqrs._ladders import Candidate, Ladder, default_parameters, ladders_for
+from vqrs._ladders import Candidate, Family, default_parameters, families_for
 from vqrs._progress import printed_progress
-from vqrs._search import Fitted, Search
+from vqrs._search import EFFORTS, Effort, Fitted, Search
 from vqrs._validation import RandomState, as_jobs, as_matrix, as_parameters, as_seed, as_weights, is_frame
 from vqrs.table import Table
 from vqrs.table import open as open_table
@@ -32,6 +32,7 @@ def compress(
     nbytes: int | str | None = None,
     max_error: float | None = None,
     method: Any = None,
+    effort: Literal["fast", "balanced", "best"] = "balanced",
     path: str | os.PathLike[str] | None = None,
     sample_weight: ArrayLike | None = None,
     names: Sequence[str] | None = None,
@@ -45,10 +46,10 @@ def compress(
     """Compress rows into a table.
 
     With a budget (``ratio`` or ``nbytes``) the kind of quantizer and its parameters of least error that fit into it are
-    chosen, all bytes counted; with ``max_error``, those of least bytes. Candidates are tried on a random sample of at
-    most 8,192 rows and judged on others; the best few are fitted in full and compared by their real error. Time plays
-    no part, so that the choice repeats for a ``random_state``; but residual codes of more than 8 stages, whose fits
-    take minutes, are tried only for ``method="residual"``.
+    chosen, all bytes counted; with ``max_error``, those of least bytes. Candidates are tried on a random sample of
+    rows and judged on others; the best few are fitted in full and compared by their real error. Measured time plays no
+    part, so that the choice repeats for a ``random_state``: what ``effort`` leaves out goes by the sizes alone.
+    :func:`vqrs.tune` shows what was tried.
 
     Parameters
     ----------
@@ -65,6 +66,10 @@ def compress(
     method : str or quantizer, optional
         A kind (see :func:`vqrs.kinds`) with its ``parameters``, or a quantizer, whose parameters are taken; it is not
         changed. Without a budget it is fitted as given; with one, what is left open is chosen within it.
+    effort : {"fast", "balanced", "best"}, default="balanced"
+        How much is tried. "fast": cheap kinds on 4,096 rows, and one full fit. "balanced": the whole family on 8,192
+        rows, without what would take minutes to fit, and one or two full fits. "best": everything on 16,384 rows, and
+        up to four full fits, however long they take.
     path : path-like, optional
         File to write; the table returned is mapped from it. None: the table stays in memory.
     sample_weight : array-like of shape (n_rows,), optional
@@ -121,10 +126,11 @@ def compress(
             "x is read more than once, which an iterator cannot be: fit an estimator on some rows and pass the blocks "
             "to its compress(blocks, path=...)"
         )
-    rows = x if _is_sliceable(x) else as_matrix(x, "x")
-    kind, parameters, random_state = _read_method(method, parameters, random_state)
+    rows = x if is_sliceable(x) else as_matrix(x, "x")
+    kind, parameters, random_state = read_method(method, parameters, random_state)
     n_rows, dim = (int(size) for size in rows.shape)
     goal = _read_goal(ratio, nbytes, max_error, 4 * n_rows * dim, kind is not None)
+    trying = read_effort(effort)
     with printed_progress("vqrs.compress", int(progress is True)) as line:
         search = Search(
             rows,
@@ -132,13 +138,15 @@ def compress(
             as_seed(random_state),
             as_jobs(n_jobs),
             progress if callable(progress) else line,
+            trying,
         )
+        families = partial(families_for, kind, parameters, n_rows, dim, trying.level)
         make = partial(_make_table, search, path=path, names=names, metadata=metadata, durable=durable)
         if goal.nbytes is not None:
             extra_bytes = _extra_bytes(n_rows, names, metadata)
-            return _within_bytes(search, ladders_for(kind, parameters, n_rows, dim), goal.nbytes, extra_bytes, make)
+            return _within_bytes(search, families(), goal.nbytes, extra_bytes, make)
         if goal.max_error is not None:
-            return _within_error(search, ladders_for(kind, parameters, n_rows, dim), goal.max_error, make)
+            return _within_error(search, families(), goal.max_error, make)
         assert kind is not None
         fitted = search.fit(Candidate(kind, parameters, 0))
         if fitted.codec.notes:
@@ -174,7 +182,7 @@ def estimate(n_rows: int, n_features: int, method: Any = "product", **parameters
     >>> vqrs.estimate(30_522, 384, "product", n_subvectors=96) < 30_522 * 384 * 4 / 14
     True
     """
-    kind, parameters, _ = _read_method(method, parameters, None)
+    kind, parameters, _ = read_method(method, parameters, None)
     if kind is None:
         raise ValueError(f"method is needed: one of {', '.join(default_parameters())}")
     return _core.estimate(kind, parameters, n_rows, n_features)
@@ -190,12 +198,12 @@ class _Goal(NamedTuple):
     max_error: float | None = None
 
 
-def _is_sliceable(x: Any) -> bool:
+def is_sliceable(x: Any) -> bool:
     """Whether blocks of rows can be taken before they are converted."""
     return not is_frame(x) and len(getattr(x, "shape", ())) == 2 and hasattr(x, "__getitem__")
 
 
-def _read_method(
+def read_method(
     method: Any, parameters: dict[str, Any], random_state: RandomState
 ) -> tuple[str | None, dict[str, Any], RandomState]:
     """Kind, parameters that are fixed, random state."""
@@ -240,6 +248,13 @@ def _read_goal(
     return _Goal(None if nbytes is None else parse_bytes(nbytes), max_error)
 
 
+def read_effort(effort: str) -> Effort:
+    """The settings of an effort by its name."""
+    if effort not in EFFORTS:
+        raise ValueError(f"effort={effort!r} must be one of {', '.join(map(repr, EFFORTS))}")
+    return EFFORTS[effort]
+
+
 def _extra_bytes(n_rows: int, names: Sequence[str] | None, metadata: Mapping[str, str] | None) -> int:
     """Bytes that names and metadata add to a table, at most: measured on one that costs nothing to make."""
     if names is None and not metadata:
@@ -255,11 +270,12 @@ def _extra_bytes(n_rows: int, names: Sequence[str] | None, metadata: Mapping[str
 
 
 def _within_bytes(
-    search: Search, ladders: list[Ladder], nbytes: int, extra_bytes: int, make: Callable[[Fitted], Table]
+    search: Search, families: list[Family], nbytes: int, extra_bytes: int, make: Callable[[Fitted], Table]
 ) -> Table:
-    fitted = search.least_error(ladders, nbytes - extra_bytes)
+    fitted = search.least_error(families, nbytes - extra_bytes)
     if fitted is None:
-        least = min((ladder[0] for ladder in ladders if len(ladder)), key=lambda candidate: candidate.nbytes)
+        ladders = [ladder for family in families for ladder in family.ladders]
+        least = min((ladder[0] for ladder in ladders), key=lambda candidate: candidate.nbytes)
         n_rows, dim = ladders[0].shape
         reachable = least.nbytes + extra_bytes
         raise ValueError(
@@ -274,10 +290,10 @@ def _within_bytes(
     return table
 
 
-def _within_error(search: Search, ladders: list[Ladder], max_error: float, make: Callable[[Fitted], Table]) -> Table:
+def _within_error(search: Search, families: list[Family], max_error: float, make: Callable[[Fitted], Table]) -> Table:
     aim = max_error
     while True:
-        table = make(search.least_bytes(ladders, aim))
+        table = make(search.least_bytes(families, aim))
         errors = table.info()["errors"]
         error = errors["relative" if search.weights is None else "weighted"]
         if error <= max_error:

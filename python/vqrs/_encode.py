@@ -151,7 +151,7 @@ class RowSample:
 
     def __init__(self, dim: int) -> None:
         self.n_seen = 0
-        self._rows = np.empty((0, dim), dtype=np.float32)
+        self.rows: NDArray[np.float32] = np.empty((0, dim), dtype=np.float32)
         self._priorities = np.empty(0, dtype=np.uint64)
 
     def add(self, block: NDArray[np.float32]) -> RowSample:
@@ -159,10 +159,10 @@ class RowSample:
         priorities = _priorities(self.n_seen, self.n_seen + len(block))
         self.n_seen += len(block)
         best = _lowest(priorities)
-        rows = np.concatenate([self._rows, block[best]])
+        rows = np.concatenate([self.rows, block[best]])
         priorities = np.concatenate([self._priorities, priorities[best]])
         best = _lowest(priorities)
-        self._rows, self._priorities = rows[best], priorities[best]
+        self.rows, self._priorities = rows[best], priorities[best]
         return self
 
     def gaussian_bound(self, codec: _core.Codec) -> dict[str, float]:
@@ -173,7 +173,7 @@ class RowSample:
         nbytes = min(
             _core.estimate(codec.kind, codec.parameters, self.n_seen, codec.dim), _stored_bytes(codec, self.n_seen)
         )
-        bound = gaussian_bound(self._rows, 8 * nbytes / (self.n_seen * codec.dim))
+        bound = gaussian_bound(self.rows, 8 * nbytes / (self.n_seen * codec.dim))
         # Six digits: the last ones depend on the machine's BLAS and its threads, and the table's bytes must not.
         return {"gaussian_bound": float(f"{bound:.6g}")}
 

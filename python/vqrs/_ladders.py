@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import bisect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from vqrs import _core
+
+FAST, BALANCED, BEST = range(3)
+"""Efforts, each of which tries what the ones before it do."""
 
 
 class Candidate(NamedTuple):
@@ -35,11 +38,32 @@ class Ladder:
     def __getitem__(self, step: int) -> Candidate:
         chosen = {} if self.rate is None else {self.rate: self.values[step]}
         parameters = self.fixed | chosen
-        return Candidate(self.kind, parameters, _core.estimate(self.kind, parameters, *self.shape))
+        return Candidate(self.kind, parameters, estimated_bytes(self.kind, parameters, self.shape))
 
     def steps_within(self, nbytes: float) -> int:
         """How many steps take no more than so many bytes."""
         return bisect.bisect_right(range(len(self)), nbytes, key=lambda step: self[step].nbytes)
+
+
+@dataclass(frozen=True)
+class Family:
+    """Ladders of one kind that differ in the size of a codebook alone, from small to large. The error of their steps of
+    equal bytes falls up to some size and rises from there, so that a climb from the middle finds the best.
+    """
+
+    ladders: list[Ladder]
+    start: int
+
+    def outward(self) -> list[Ladder]:
+        """All ladders, the nearest to the start first."""
+        return sorted(self.ladders, key=lambda ladder: abs(self.ladders.index(ladder) - self.start))
+
+
+class Variant(NamedTuple):
+    """Parameters that start ladders of their own, and the least effort that tries them."""
+
+    parameters: dict[str, Any]
+    effort: int = FAST
 
 
 class Rates(NamedTuple):
@@ -48,59 +72,168 @@ class Rates(NamedTuple):
     rate: str
     values: Callable[[int, int], Sequence[Any]]
     """Of (n_rows, dim), from small to large tables."""
-    variants: Callable[[int, int], list[dict[str, Any]]] = lambda n_rows, dim: [{}]
-    """Other parameters, each of which starts a ladder of its own."""
+    variants: Callable[[int, int], list[Variant]] = lambda n_rows, dim: [Variant({})]
+    """Other parameters. Those that the kind does not have or refuses are left out."""
+    bits: Sequence[int] = ()
+    """Values of ``n_bits``, the size of a codebook; empty where the kind has none or it is the rate."""
     stagewise: bool = False
-    steps_unasked: int | None = None
-    """Steps that are tried where the kind was not asked for by name; None for all."""
+    work: Callable[[int, int, Mapping[str, Any]], float] = lambda n_rows, dim, parameters: 0.0
+    """About the seconds that a fit of (n_rows, dim) with all the parameters takes one core. A formula and no
+    measurement, so that the choice repeats.
+    """
 
 
 ROWS_PER_CENTROID = 64
-"""Codebooks of 1,024 entries are tried where each entry stands for so many rows."""
+"""Codebooks of more than 256 entries are tried where each entry stands for so many rows."""
+
+MOST_WORK = (20.0, 60.0, float("inf"))
+"""Full fits that would take longer, by the formulas above, are left out; of each effort."""
+
+
+def _divided(n_rows: int, dim: int) -> Sequence[int]:
+    return range(1, dim + 1)
+
+
+def _stages(n_rows: int, dim: int) -> Sequence[int]:
+    return range(1, min(64, max(8, dim)) + 1)
+
+
+def _blocks(n_rows: int, dim: int) -> list[Variant]:
+    return [
+        Variant({"granularity": "row"}),
+        Variant({"granularity": "column"}),
+        *(Variant({"granularity": "block", "block_size": size}) for size in (32, 64, 128) if size < dim),
+    ]
+
+
+def _books(*variants: tuple[dict[str, Any], int]) -> Callable[[int, int], list[Variant]]:
+    return lambda n_rows, dim: [Variant({}), *(Variant(*variant) for variant in variants)]
+
+
+def _beam_work(n_rows: int, dim: int, p: Mapping[str, Any]) -> float:
+    entries = p["n_stages"] << p["n_bits"]
+    return 3e-10 * n_rows * entries * (p["beam_width"] + dim) * (1 + p.get("n_refinements", 0))
+
 
 RATES = {
-    "scalar": Rates(
-        "dtype",
-        lambda n_rows, dim: ["int2", "int4", "int8", "float16"],
-        lambda n_rows, dim: [
-            {"granularity": "row"},
-            {"granularity": "column"},
-            *({"granularity": "block", "block_size": size} for size in (32, 64, 128) if size < dim),
-        ],
-    ),
-    "product": Rates(
-        "n_subvectors",
-        lambda n_rows, dim: range(1, dim + 1),
-        lambda n_rows, dim: [{"n_bits": b} for b in (8, 6, 4, 10) if b <= 8 or n_rows >= ROWS_PER_CENTROID << b],
-    ),
+    "scalar": Rates("dtype", lambda n_rows, dim: ["int2", "int4", "int8", "float16"], _blocks),
+    "product": Rates("n_subvectors", _divided, _books(({"codebook_dtype": "int8"}, BALANCED)), (4, 6, 8, 10, 12)),
     # Codebooks are padded to a power of two, so nothing between two of them is smaller than the larger.
     "kmeans": Rates("n_clusters", lambda n_rows, dim: [1 << b for b in range(1, 17) if 1 << b < 2 * n_rows]),
-    # Fits of many stages take minutes, which is for those who ask for them.
-    "residual": Rates("n_stages", lambda n_rows, dim: range(1, 33), stagewise=True, steps_unasked=8),
+    "residual": Rates(
+        "n_stages",
+        _stages,
+        _books(({"codebook_dtype": "int8"}, BALANCED)),
+        (4, 6, 8, 10),
+        stagewise=True,
+        work=_beam_work,
+    ),
 }
-"""The kinds whose parameters are searched, from the cheapest to the dearest to try. Others are tried as they are."""
+"""How each kind is searched, from the cheapest to the dearest to try; :func:`_guessed` serves those without a line."""
+
+_GUESSES: dict[str, Callable[[int, int], Sequence[Any]]] = {
+    "n_subvectors": _divided,
+    "n_stages": _stages,
+    "n_codebooks": _stages,
+    "n_components": _divided,
+    "n_bits": lambda n_rows, dim: range(1, 9),
+    "depth": lambda n_rows, dim: range(1, 5),
+    "dtype": lambda n_rows, dim: ["int2", "int4", "int8", "float16"],
+}
+"""Parameters that are a rate wherever a kind has them, the likeliest first."""
+
+
+def families_for(
+    kind: str | None, parameters: dict[str, Any], n_rows: int, dim: int, effort: int = BALANCED
+) -> list[Family]:
+    """The ladders of a kind with some parameters fixed, or of all kinds, from the cheapest to the dearest to try."""
+    known = default_parameters()
+    kinds = [kind] if kind is not None else sorted(known, key=lambda k: list(RATES).index(k) if k in RATES else -1)
+    most_work = float("inf") if kind is not None else MOST_WORK[effort]
+    return [
+        family for name in kinds for family in _families_of(name, parameters, (n_rows, dim), effort, most_work, known)
+    ]
 
 
 def ladders_for(kind: str | None, parameters: dict[str, Any], n_rows: int, dim: int) -> list[Ladder]:
-    """The ladders of a kind with some parameters fixed, or of all kinds, from the cheapest to the dearest to try."""
-    known = [entry["name"] for entry in _core.kinds()]
-    kinds = [kind] if kind is not None else sorted(known, key=lambda k: list(RATES).index(k) if k in RATES else -1)
-    return [ladder for name in kinds for ladder in _ladders_of(name, parameters, (n_rows, dim), kind is not None)]
+    """The ladders of all families."""
+    return [ladder for family in families_for(kind, parameters, n_rows, dim) for ladder in family.ladders]
 
 
-def _ladders_of(kind: str, parameters: dict[str, Any], shape: tuple[int, int], asked: bool) -> Iterator[Ladder]:
-    rates = RATES.get(kind)
+def _families_of(
+    kind: str,
+    parameters: dict[str, Any],
+    shape: tuple[int, int],
+    effort: int,
+    most_work: float,
+    known: dict[str, dict[str, Any]],
+) -> Iterator[Family]:
+    rates = RATES.get(kind) or _guessed(known[kind])
     if rates is None:
-        yield Ladder(kind, parameters, None, [None], shape)
+        yield Family([Ladder(kind, parameters, None, [None], shape)], 0)
         return
-    agreeing = [v for v in rates.variants(*shape) if all(parameters.get(name, v[name]) == v[name] for name in v)]
+    variants = [v.parameters for v in rates.variants(*shape) if v.effort <= effort]
+    agreeing = [v for v in variants if all(parameters.get(name, v[name]) == v[name] for name in v)]
     for variant in agreeing or [{}]:
         fixed = variant | parameters
-        if rates.rate in parameters:
-            yield Ladder(kind, fixed, None, [None], shape)
-        else:
-            values = rates.values(*shape)[: None if asked else rates.steps_unasked]
-            yield Ladder(kind, fixed, rates.rate, values, shape, rates.stagewise)
+        bits = [] if "n_bits" in parameters else [b for b in rates.bits if b <= 8 or shape[0] >= ROWS_PER_CENTROID << b]
+        ladders = [
+            ladder
+            for more in ([{"n_bits": b} for b in bits] or [{}])
+            if len(ladder := _ladder(kind, rates, fixed | more, shape, most_work, known[kind]))
+        ]
+        if ladders:
+            yield Family(ladders, next((i for i, one in enumerate(ladders) if one.fixed.get("n_bits") == 8), 0))
+
+
+def _ladder(
+    kind: str,
+    rates: Rates,
+    fixed: dict[str, Any],
+    shape: tuple[int, int],
+    most_work: float,
+    defaults: dict[str, Any],
+) -> Ladder:
+    """The steps of a ladder that the kind accepts and that are not too much work."""
+    if rates.rate in fixed:
+        # Parameters of the user: what is wrong with them comes to light when they are used.
+        return Ladder(kind, fixed, None, [None], shape)
+    values = rates.values(*shape)
+    ladder = Ladder(kind, fixed, rates.rate, values, shape, rates.stagewise)
+
+    def refused(step: int) -> bool:
+        try:
+            parameters = fixed | {rates.rate: values[step]}
+            return rates.work(*shape, defaults | parameters) > most_work or ladder[step].nbytes <= 0
+        except ValueError:
+            return True
+
+    if not set(fixed) <= set(defaults) or not values:
+        return Ladder(kind, fixed, rates.rate, [], shape)
+    if isinstance(values[0], str):
+        accepted: Sequence[Any] = [value for step, value in enumerate(values) if not refused(step)]
+    else:
+        accepted = values[: bisect.bisect_left(range(len(values)), True, key=refused)]
+    return Ladder(kind, fixed, rates.rate, accepted, shape, rates.stagewise)
+
+
+def _guessed(defaults: dict[str, Any]) -> Rates | None:
+    """A ladder of a kind that has none here, by the names of its parameters."""
+    rate = next((name for name in _GUESSES if name in defaults), None)
+    return None if rate is None else Rates(rate, _GUESSES[rate])
+
+
+def estimated_bytes(kind: str, parameters: Mapping[str, Any], shape: tuple[int, int]) -> int:
+    """Bytes of a table, remembered: large codebooks take the compiled estimate milliseconds."""
+    key = (kind, repr(sorted(parameters.items())), shape)
+    if key not in _ESTIMATES:
+        if len(_ESTIMATES) > 50_000:
+            _ESTIMATES.clear()
+        _ESTIMATES[key] = _core.estimate(kind, parameters, *shape)
+    return _ESTIMATES[key]
+
+
+_ESTIMATES: dict[tuple[str, str, tuple[int, int]], int] = {}
 
 
 def default_parameters() -> dict[str, dict[str, Any]]:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import heapq
 import math
+import statistics
+import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple, NoReturn
 
@@ -11,30 +14,51 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vqrs import _core
-from vqrs._ladders import Candidate, Ladder, default_parameters
+from vqrs._ladders import BALANCED, BEST, FAST, Candidate, Family, Ladder, default_parameters
 from vqrs._validation import as_matrix
 
 FIT_ROWS = 262_144
 """More rows than these are not fitted, only encoded: a random sample of so many stands for them."""
 
-TRIAL_ROWS = 8_192
-"""Rows that a trial fits, fewer where they are wide; half as many others judge it."""
-
-TRIAL_VALUES = 1 << 22
-"""Most values that a trial fits."""
-
 OPTIMISM = 1.05
 """Trials end a little above real errors: one of up to so many times the largest error allowed is worth a full fit."""
+
+PESSIMISM = 1.3
+"""What trials of kinds that refine their codebooks for long may end above the real errors."""
+
+FEWER_BYTES = 0.93
+"""A table found is compared with the best of so many of its bytes."""
 
 CLOSE_ENOUGH = 0.97
 """A trial above this share of the error looked for ends the search for a smaller step."""
 
-TRIAL_SETTINGS = {"max_iter": 5, "n_refinements": 1}
-"""Parameters that make a trial cheap, for the kinds that have them: enough to rank, not to win."""
+LEAST_GAIN = 0.01
+"""Codebooks grow while each growth takes off at least this share of the error at equal bytes."""
 
-FINALISTS = 2
-FINALIST_MARGIN = 1.04
-"""Trials within this factor of the best error are fitted in full, the best few of them."""
+LOOKUP_ROWS = 1024
+"""Random rows of a lookup whose time is taken."""
+
+
+class Effort(NamedTuple):
+    """How much a search tries."""
+
+    level: int
+    trial_rows: int
+    """Rows that a trial fits, fewer where they are wide; half as many others judge it."""
+    trial_values: int
+    """Most values that a trial fits."""
+    trial_settings: Mapping[str, Any]
+    """Parameters that make a trial cheap, for the kinds that have them: enough to rank, not to win."""
+    finalists: int
+    finalist_margin: float
+    """Trials within this factor of the best error are fitted in full, the best few of them."""
+
+
+EFFORTS = {
+    "fast": Effort(FAST, 4096, 1 << 20, {"max_iter": 3, "n_refinements": 0}, 1, 1.0),
+    "balanced": Effort(BALANCED, 8192, 1 << 22, {"max_iter": 5, "n_refinements": 1}, 2, 1.04),
+    "best": Effort(BEST, 16_384, 1 << 23, {"max_iter": 10, "n_refinements": 2}, 4, 1.15),
+}
 
 
 class Fitted(NamedTuple):
@@ -60,6 +84,20 @@ class Sample:
         return errors["relative" if self.weights is None else "weighted"]
 
 
+class Trial(NamedTuple):
+    """What a cheap fit of a candidate on a sample tells of the full one."""
+
+    candidate: Candidate
+    error: float
+    """Expected; infinite where the kind refuses the rows."""
+    spread: float = 0.0
+    """Standard deviation of the error over folds."""
+    fit_seconds: float = math.nan
+    """Of the cheap fit on the sample."""
+    lookup_ns: float = math.nan
+    """A row, one thread; NaN where it was not measured."""
+
+
 class Search:
     """Rows to compress, and what was learned about candidates for them."""
 
@@ -70,45 +108,76 @@ class Search:
         seed: int,
         n_jobs: int | None,
         progress: _core.Progress | None,
+        effort: Effort = EFFORTS["balanced"],
+        n_folds: int | None = None,
+        timed: bool = False,
     ) -> None:
         self.x, self.weights, self.seed, self.n_jobs, self.progress = x, weights, seed, n_jobs, progress
+        self.effort, self.rows_to_come, self.timed = effort, n_folds is not None, timed
         generator = np.random.default_rng(seed)
         self.sample = _read_sample(x, weights, generator)
-        self._train, self._judge = _split(self.sample, generator)
-        self._trials: dict[str, float] = {}
+        self.folds = _split(self.sample, effort, n_folds, generator)
+        self._trials: dict[str, Trial] = {}
         self._fits: dict[str, Fitted | None] = {}
         self._refusal: ValueError | None = None
 
     # ---- least error within a budget ----
 
-    def least_error(self, ladders: list[Ladder], nbytes: int) -> Fitted | None:
+    def least_error(self, families: list[Family], nbytes: int) -> Fitted | None:
         """The fit of least error of at most so many bytes; None if nothing is as small."""
-        candidates = self._candidates_within(ladders, nbytes)
+        candidates = self.candidates_within(families, nbytes)
         if not candidates:
             return None
         if len(candidates) > 1:
-            ranked = sorted(candidates, key=lambda candidate: (self._trial(candidate), candidate.nbytes))
-            limit = FINALIST_MARGIN * self._trial(ranked[0])
-            candidates = [candidate for candidate in ranked[:FINALISTS] if self._trial(candidate) <= limit]
+            ranked = sorted(candidates, key=lambda candidate: (self._error(candidate), candidate.nbytes))
+            limit = self.effort.finalist_margin * self._error(ranked[0])
+            candidates = [c for c in ranked[: self.effort.finalists] if self._error(c) <= limit]
         fits = [fitted for fitted in map(self._attempt, candidates) if fitted is not None]
         return min(fits or [self._refused()], key=lambda fitted: (fitted.error, fitted.candidate.nbytes))
 
-    def _candidates_within(self, ladders: list[Ladder], nbytes: int) -> list[Candidate]:
-        """The largest step of each ladder that is small enough, but for those that cannot win."""
-        reachable = [(ladder, steps) for ladder in ladders if (steps := ladder.steps_within(nbytes)) > 0]
-        if len(reachable) == 1 and reachable[0][1] == 1:
-            return [reachable[0][0][0]]
+    def candidates_within(self, families: list[Family], nbytes: float, alone: bool = True) -> list[Candidate]:
+        """The best step of each family that is small enough, but for those that cannot win. With ``alone``, a candidate
+        that has no other beside it is not tried.
+        """
+        reachable = [ladder for family in families for ladder in family.ladders if ladder.steps_within(nbytes) > 0]
+        if alone and len(reachable) == 1 and reachable[0].steps_within(nbytes) == 1:
+            return [reachable[0][0]]
         found: list[Candidate] = []
-        for ladder, steps in reachable:
-            least = min(map(self._trial, found), default=math.inf)
-            if not self._hopeless(ladder, steps, least):
-                found.append(ladder[self._usable_steps(ladder, steps) - 1])
+        for family in families:
+            least = min(map(self._error, found), default=math.inf)
+            best = self._climb(family, nbytes, least)
+            if best is not None:
+                found.append(best)
         return found
+
+    def _climb(self, family: Family, nbytes: float, least: float) -> Candidate | None:
+        """The largest step within the bytes of the family's best ladder: from its start to both sides, as long as the
+        codebook's new size brings something.
+        """
+
+        def top(ladder: Ladder) -> Candidate | None:
+            steps = ladder.steps_within(nbytes)
+            if steps == 0 or self._hopeless(ladder, steps, least):
+                return None
+            return ladder[self._usable_steps(ladder, steps) - 1]
+
+        best = top(family.ladders[family.start])
+        for side in (family.ladders[: family.start][::-1], family.ladders[family.start + 1 :]):
+            for ladder in side:
+                other = top(ladder)
+                if best is None:
+                    best = other
+                elif other is None or self._error(other) > (1 - LEAST_GAIN) * self._error(best):
+                    break
+                else:
+                    best = other
+        return best
 
     # ---- least bytes within an error ----
 
-    def least_bytes(self, ladders: list[Ladder], max_error: float) -> Fitted:
+    def least_bytes(self, families: list[Family], max_error: float) -> Fitted:
         """The fit of least bytes with at most this error: trials tell where to start on a ladder, real fits decide."""
+        ladders = [ladder for family in families for ladder in family.outward()]
         queue = self._starts(ladders, OPTIMISM * max_error)
         least = math.inf
         while queue:
@@ -116,7 +185,7 @@ class Search:
             ladder = ladders[order]
             fitted = self._attempt(ladder[step])
             if fitted is not None and fitted.error <= max_error:
-                return self._smaller(ladder, step, fitted, max_error)
+                return self._other_kinds(families, self._smaller(ladder, step, fitted, max_error), max_error)
             error = math.inf if fitted is None else fitted.error
             least = min(least, error)
             if step + 1 < len(ladder):
@@ -138,8 +207,8 @@ class Search:
                 continue
             steps = self._usable_steps(ladder, steps)
             top = ladder[steps - 1]
-            fallback.append((self._trial(top), top.nbytes, order, steps - 1))
-            if self._trial(top) <= max_error:
+            fallback.append((self._error(top), top.nbytes, order, steps - 1))
+            if self._error(top) <= max_error:
                 step = self._first_within(ladder, steps, max_error)
                 starts.append((ladder[step].nbytes, order, step))
         if not starts and fallback:
@@ -150,14 +219,14 @@ class Search:
     def _first_within(self, ladder: Ladder, steps: int, max_error: float) -> int:
         """The first step whose trial meets the error, or one close above it. The last of ``steps`` is known to."""
         low, high = -1, steps - 1
-        error_low, error_high = 1.0, self._trial(ladder[high])
+        error_low, error_high = 1.0, self._error(ladder[high])
         interpolate = True
         while high - low > 1 and error_high < CLOSE_ENOUGH * max_error:
             middle = (low + high) // 2
             if interpolate and 0 < error_high < max_error < error_low:
                 share = math.log(error_low / max_error) / math.log(error_low / error_high)
                 middle = min(high - 1, low + max(1, math.ceil(share * (high - low))))
-            error = self._trial(ladder[middle])
+            error = self._error(ladder[middle])
             if error <= max_error:
                 high, error_high = middle, error
             else:
@@ -172,6 +241,18 @@ class Search:
             return fitted
         other = self._attempt(ladder[lower])
         return other if other is not None and other.error <= max_error else fitted
+
+    def _other_kinds(self, families: list[Family], fitted: Fitted, max_error: float) -> Fitted:
+        """A smaller fit by another ladder, whose trials may have ended farther above the real error."""
+        while True:
+            nbytes = int(FEWER_BYTES * fitted.candidate.nbytes)
+            candidates = self.candidates_within(families, nbytes, alone=False)
+            if min(map(self._error, candidates), default=math.inf) > PESSIMISM * max_error:
+                return fitted
+            other = self.least_error(families, nbytes)
+            if other is None or other.error > max_error:
+                return fitted
+            fitted = other
 
     # ---- fits ----
 
@@ -202,21 +283,37 @@ class Search:
     def _refused(self) -> NoReturn:
         raise self._refusal or ValueError("no kind accepts these rows")
 
-    def _trial(self, candidate: Candidate) -> float:
-        """The error that a full fit is expected to have; infinite where the kind refuses the rows."""
+    def _error(self, candidate: Candidate) -> float:
+        return self.trial(candidate).error
+
+    def trial(self, candidate: Candidate) -> Trial:
+        """What to expect of a full fit."""
         key = repr(candidate)
         if key not in self._trials:
             try:
-                self._trials[key] = self._expected_error(candidate)
+                self._trials[key] = self._try(candidate)
             except ValueError as error:
-                self._trials[key], self._refusal = math.inf, error
+                self._trials[key], self._refusal = Trial(candidate, math.inf), error
         return self._trials[key]
 
-    def _expected_error(self, candidate: Candidate) -> float:
+    def finished_trials(self) -> list[Trial]:
+        """Those of kinds that took the rows, in the order they were made."""
+        return [trial for trial in self._trials.values() if trial.error < math.inf]
+
+    def _try(self, candidate: Candidate) -> Trial:
+        errors, seconds = [], []
+        for train, judge in self.folds:
+            start = time.perf_counter()
+            codec, codes = self._fit_cheaply(candidate, train)
+            seconds.append(time.perf_counter() - start)
+            errors.append(self._expected_error(codec, codes, train, judge))
+        lookup_ns = _lookup_ns(codec, codes, self.seed) if self.timed else math.nan
+        return Trial(candidate, statistics.fmean(errors), statistics.pstdev(errors), min(seconds), lookup_ns)
+
+    def _fit_cheaply(self, candidate: Candidate, train: Sample) -> tuple[_core.Codec, NDArray[np.uint8]]:
         known = default_parameters()[candidate.kind] | candidate.parameters
-        cheap = {name: min(value, known[name]) for name, value in TRIAL_SETTINGS.items() if name in known}
-        train, judge = self._train, self._judge
-        codec, codes = _core.fit(
+        cheap = {name: min(value, known[name]) for name, value in self.effort.trial_settings.items() if name in known}
+        return _core.fit(
             candidate.kind,
             candidate.parameters | cheap,
             train.rows,
@@ -225,18 +322,24 @@ class Search:
             n_jobs=self.n_jobs,
             progress=_labelled(self.progress, f"trying {candidate.kind}"),
         )
+
+    def _expected_error(
+        self, codec: _core.Codec, codes: NDArray[np.uint8], train: Sample, judge: Sample | None
+    ) -> float:
         trained = train.error(codec, codes, self.n_jobs)
         if judge is None:
             return trained
         judged = judge.error(codec, codec.encode(judge.rows, n_jobs=self.n_jobs), self.n_jobs)
         # Centroids fitted on n rows lie nearer to these, and farther from others, by an error that falls as 1 / n. The
-        # table's own rows are the ones fitted, so the small gap of the full fit is to be taken off the middle.
+        # table's own rows are the ones fitted, so the small gap of the full fit is to be taken off the middle; it is to
+        # be added for rows that come later.
         middle, gap = (judged + trained) / 2, max(0.0, judged - trained) / 2
-        return max(0.0, middle - gap * len(train.rows) / len(self.sample.rows))
+        gap *= len(train.rows) / len(self.sample.rows)
+        return middle + gap if self.rows_to_come else max(0.0, middle - gap)
 
     def _usable_steps(self, ladder: Ladder, steps: int) -> int:
         """``steps``, less the last ones that refuse the rows."""
-        while steps > 1 and self._trial(ladder[steps - 1]) == math.inf:
+        while steps > 1 and self._error(ladder[steps - 1]) == math.inf:
             steps -= 1
         return steps
 
@@ -246,9 +349,9 @@ class Search:
         """
         if not ladder.stagewise:
             return False
-        before, stages = self._trial(ladder[0]), 2
+        before, stages = self._error(ladder[0]), 2
         while stages < steps and 0 < before < math.inf:
-            now = self._trial(ladder[stages - 1])
+            now = self._error(ladder[stages - 1])
             share = (now / before) ** (2 / stages)
             if now * share ** (steps - stages) > error:
                 return True
@@ -274,15 +377,25 @@ def _read_sample(x: Any, weights: NDArray[np.float64] | None, generator: np.rand
     return sample
 
 
-def _split(sample: Sample, generator: np.random.Generator) -> tuple[Sample, Sample | None]:
-    """Rows that trials fit and rows that judge them; None where there are so few that all are fitted."""
+def _split(
+    sample: Sample, effort: Effort, n_folds: int | None, generator: np.random.Generator
+) -> list[tuple[Sample, Sample | None]]:
+    """Rows that trials fit, with rows that judge them; None where there are so few that all are fitted."""
     n_rows, dim = sample.rows.shape
-    n_train = min(TRIAL_ROWS, max(TRIAL_ROWS // 4, TRIAL_VALUES // dim))
-    if n_rows <= n_train + n_train // 2:
-        return sample, None
+    n_train = min(effort.trial_rows, max(effort.trial_rows // 4, effort.trial_values // dim))
+    if n_folds is None and n_rows <= n_train + n_train // 2:
+        return [(sample, None)]
     numbers = generator.permutation(_draw(n_rows, sample.weights, n_train + n_train // 2, generator))
-    n_train = len(numbers) * 2 // 3
-    return sample.take(np.sort(numbers[:n_train])), sample.take(np.sort(numbers[n_train:]))
+    if n_folds is None:
+        cut = len(numbers) * 2 // 3
+        return [(sample.take(np.sort(numbers[:cut])), sample.take(np.sort(numbers[cut:])))]
+    if len(numbers) < n_folds:
+        raise ValueError(f"cross_validate={n_folds} needs as many rows; there are {len(numbers)}")
+    folds = np.array_split(numbers, n_folds)
+    return [
+        (sample.take(np.sort(np.concatenate(folds[:i] + folds[i + 1 :]))), sample.take(np.sort(fold)))
+        for i, fold in enumerate(folds)
+    ]
 
 
 def _draw(
@@ -291,6 +404,19 @@ def _draw(
     """Numbers of rows at random, rising; rows without weight count for nothing, so they are left out."""
     numbers = np.arange(n_rows) if weights is None else np.flatnonzero(weights)
     return np.sort(generator.choice(numbers, min(size, len(numbers)), replace=False))
+
+
+def _lookup_ns(codec: _core.Codec, codes: NDArray[np.uint8], seed: int) -> float:
+    """Nanoseconds a row of lookups of random rows on one thread: the best of a few."""
+    table = _core.Table.from_codec(codec, codes, errors={"relative": 0.0})
+    ids = np.random.default_rng(seed).integers(0, len(codes), LOOKUP_ROWS)
+    out = np.empty((LOOKUP_ROWS, codec.dim), np.float32)
+    taken = []
+    for _ in range(7):
+        start = time.perf_counter()
+        table.lookup(ids, out, 1)
+        taken.append(time.perf_counter() - start)
+    return 1e9 * min(taken) / LOOKUP_ROWS
 
 
 def _extrapolate(step: int, error: float, max_error: float) -> int:

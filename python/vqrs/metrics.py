@@ -89,16 +89,7 @@ def gaussian_bound(x: ArrayLike, bits_per_value: float) -> float:
     """
     if not bits_per_value >= 0:
         raise ValueError(f"bits_per_value must not be negative, got {bits_per_value}.")
-    x = np.asarray(x, dtype=np.float64)
-    energy = np.mean(x**2) * x.shape[1]
-    centred = x - x.mean(axis=0)
-    variances = np.linalg.eigvalsh(centred.T @ centred / len(x))[::-1]
-    # Rounding leaves tiny values of either sign where the covariance is singular.
-    variances = variances[variances > energy * np.finfo(np.float64).eps]
-    if len(variances) == 0:
-        return 0.0
-    levels = _water_levels(np.log2(variances), bits_per_value * x.shape[1])
-    return float(np.minimum(levels, variances).sum() / energy)
+    return Spectrum(x).bound(bits_per_value)
 
 
 def above_bound_db(relative_error: float, bound: float) -> float | None:
@@ -125,6 +116,26 @@ def above_bound_db(relative_error: float, bound: float) -> float | None:
     if not 0 < bound < math.inf or not 0 < relative_error < math.inf:
         return None
     return 10 * math.log10(relative_error / bound)
+
+
+class Spectrum:
+    """Variances of rows along the eigenvectors of their covariance: the bound at many rates."""
+
+    def __init__(self, x: ArrayLike) -> None:
+        x = np.asarray(x, dtype=np.float64)
+        self.dim = x.shape[1]
+        self.energy = np.mean(x**2) * self.dim
+        centred = x - x.mean(axis=0)
+        variances = np.linalg.eigvalsh(centred.T @ centred / len(x))[::-1]
+        # Rounding leaves tiny values of either sign where the covariance is singular.
+        self.variances = variances[variances > self.energy * np.finfo(np.float64).eps]
+
+    def bound(self, bits_per_value: float) -> float:
+        """See :func:`gaussian_bound`."""
+        if len(self.variances) == 0:
+            return 0.0
+        levels = _water_levels(np.log2(self.variances), bits_per_value * self.dim)
+        return float(np.minimum(levels, self.variances).sum() / self.energy)
 
 
 def _water_levels(log_variances: np.ndarray, bits_per_row: float) -> float:
