@@ -159,7 +159,7 @@ class TuneTrial:
     Examples
     --------
     >>> import numpy as np, vqrs
-    >>> trial = vqrs.tune(np.eye(64), ratio=4, method="scalar", random_state=0).best()
+    >>> trial = vqrs.tune(np.eye(200), ratio=4, method="scalar", random_state=0).best()
     >>> trial.kind, sorted(trial.parameters)
     ('scalar', ['dtype', 'granularity'])
     """
