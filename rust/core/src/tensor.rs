@@ -93,6 +93,8 @@ impl Buffer {
 pub enum Dtype {
     /// Bytes.
     U8,
+    /// Signed bytes.
+    I8,
     /// Unsigned 64-bit integers.
     U64,
     /// IEEE half precision.
@@ -107,7 +109,7 @@ impl Dtype {
     /// Bytes of one value.
     pub fn size(self) -> usize {
         match self {
-            Dtype::U8 => 1,
+            Dtype::U8 | Dtype::I8 => 1,
             Dtype::F16 | Dtype::Bf16 => 2,
             Dtype::F32 => 4,
             Dtype::U64 => 8,
@@ -118,6 +120,7 @@ impl Dtype {
     pub fn name(self) -> &'static str {
         match self {
             Dtype::U8 => "U8",
+            Dtype::I8 => "I8",
             Dtype::U64 => "U64",
             Dtype::F16 => "F16",
             Dtype::Bf16 => "BF16",
@@ -127,7 +130,8 @@ impl Dtype {
 
     /// The type of a safetensors name, if it is one that tables use.
     pub fn from_name(name: &str) -> Option<Self> {
-        [Dtype::U8, Dtype::U64, Dtype::F16, Dtype::Bf16, Dtype::F32].into_iter().find(|d| d.name() == name)
+        let all = [Dtype::U8, Dtype::I8, Dtype::U64, Dtype::F16, Dtype::Bf16, Dtype::F32];
+        all.into_iter().find(|d| d.name() == name)
     }
 }
 
@@ -172,7 +176,7 @@ impl Tensor {
                 let halves: Vec<half::bf16> = values.iter().map(|v| half::bf16::from_f32(*v)).collect();
                 Buffer::copy_of(bytemuck::cast_slice(&halves))
             }
-            Dtype::U8 | Dtype::U64 => return Err(Error::shape("a tensor", dtype.name(), "a float type")),
+            Dtype::U8 | Dtype::I8 | Dtype::U64 => return Err(Error::shape("a tensor", dtype.name(), "a float type")),
         };
         let tensor = Tensor::new(name, dtype, shape, data)?;
         if !tensor.is_finite() {
@@ -182,6 +186,11 @@ impl Tensor {
             });
         }
         Ok(tensor)
+    }
+
+    /// The same array under another name.
+    pub fn renamed(&self, name: impl Into<String>) -> Tensor {
+        Tensor { name: name.into(), ..self.clone() }
     }
 
     /// Number of values.
@@ -211,6 +220,7 @@ impl Tensor {
             Dtype::F16 => self.halves().iter().map(|h| half::f16::from_bits(*h).to_f32()).collect(),
             Dtype::Bf16 => self.halves().iter().map(|h| half::bf16::from_bits(*h).to_f32()).collect(),
             Dtype::U8 => self.data.bytes().iter().map(|b| f32::from(*b)).collect(),
+            Dtype::I8 => self.data.bytes().iter().map(|b| f32::from(*b as i8)).collect(),
             Dtype::U64 => bytemuck::cast_slice::<u8, u64>(self.data.bytes()).iter().map(|v| *v as f32).collect(),
         }
     }
@@ -220,7 +230,7 @@ impl Tensor {
         // An exponent of all ones; folds without branches, so that the compiler can use vectors.
         let halves = |mask: u16| !self.halves().iter().fold(false, |bad, h| bad | (h & mask == mask));
         match self.dtype {
-            Dtype::U8 | Dtype::U64 => true,
+            Dtype::U8 | Dtype::I8 | Dtype::U64 => true,
             Dtype::F16 => halves(0x7c00),
             Dtype::Bf16 => halves(0x7f80),
             Dtype::F32 => !self.floats().iter().fold(false, |bad, v| bad | !v.is_finite()),

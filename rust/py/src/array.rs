@@ -43,6 +43,7 @@ pub fn view<'py>(py: Python<'py>, buffer: &Buffer, dtype: Dtype, shape: &[usize]
     let keeper = Bound::new(py, Keeper(buffer.clone()))?.into_any();
     match dtype {
         Dtype::U8 => Ok(borrowed::<u8>(buffer, shape, keeper)?.into_any()),
+        Dtype::I8 => Ok(borrowed::<i8>(buffer, shape, keeper)?.into_any()),
         Dtype::Bf16 => Ok(borrowed::<u16>(buffer, shape, keeper)?.into_any()),
         Dtype::U64 => Ok(borrowed::<u64>(buffer, shape, keeper)?.into_any()),
         Dtype::F32 => Ok(borrowed::<f32>(buffer, shape, keeper)?.into_any()),
@@ -92,6 +93,7 @@ pub fn tensors_from(dict: &Bound<'_, PyDict>) -> PyResult<Vec<Tensor>> {
             "float32" => Dtype::F32,
             "uint16" => Dtype::Bf16,
             "uint8" => Dtype::U8,
+            "int8" => Dtype::I8,
             other => {
                 return Err(PyTypeError::new_err(format!("tensor {name} is {other}, expected float16 or float32")))
             }

@@ -2,6 +2,7 @@
 
 pub mod assign;
 pub mod kmeans;
+pub mod linear;
 pub mod nearest;
 mod progressive;
 mod seeding;

@@ -57,6 +57,11 @@ impl<'a> Columns<'a> {
         self.width
     }
 
+    /// The first row's first value with all that follow, and the values from one row's start to the next.
+    pub fn values(&self) -> (&'a [f32], usize) {
+        (self.data, self.stride)
+    }
+
     /// One row.
     #[inline]
     pub fn row(&self, row: usize) -> &'a [f32] {
@@ -530,7 +535,7 @@ fn mean(rows: &[f32], width: usize) -> Vec<f32> {
 }
 
 /// `[group][column][row of the group]`, the last group filled up with zeros.
-fn interleave(rows: &[f32], width: usize, group: usize) -> Vec<f32> {
+pub(super) fn interleave(rows: &[f32], width: usize, group: usize) -> Vec<f32> {
     let count = rows.len() / width;
     let mut out = vec![0.0; count.next_multiple_of(group) * width];
     for (j, row) in rows.chunks_exact(width).enumerate() {

@@ -3,12 +3,13 @@
 //! k-means has one book over all columns, product codes have books side by side, residual and additive codes have
 //! full-width books on top of each other.
 
-use super::{take, Metric, Scorer};
+use super::{take, Decoder, Form, Metric, Scorer};
 use crate::bits;
 use crate::error::{Error, Result};
 use crate::kernels::{self, Bags, BooksView, Group, Output, Rows, Values};
 use crate::tensor::{Dtype, Tensor};
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 
 /// Books of equal width, stored as one tensor of shape (books, 2^bits, width).
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -34,7 +35,7 @@ pub struct BooksSpec {
     groups: Vec<GroupSpec>,
 }
 
-/// CodebookDtype type of codebooks.
+/// Type of stored codebooks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum CodebookDtype {
@@ -124,23 +125,6 @@ impl Books {
         Ok(Books { spec, tensors: kept, tiled })
     }
 
-    pub(super) fn with_tensors(&self, tensors: &[Tensor]) -> Result<Self> {
-        let mut groups = Vec::new();
-        for (index, group) in self.spec.groups.iter().enumerate() {
-            let shape = [group.starts.len(), 1 << self.spec.bits, group.width];
-            let values = take(tensors, &format!("codebooks.{index}"), None, &shape)?.to_floats();
-            let used = group.entries * group.width;
-            let used = values.chunks(group.width << self.spec.bits).flat_map(|book| &book[..used]);
-            // CodebookDtype values carry the scale on the outside; `new` finds a fresh one.
-            groups.push((group.clone(), used.map(|v| v * self.spec.scale).collect()));
-        }
-        Books::new(self.spec.dim, self.spec.bits, self.spec.dtype, groups)
-    }
-
-    pub(super) fn spec(&self) -> &BooksSpec {
-        &self.spec
-    }
-
     /// Values in a row.
     pub fn dim(&self) -> usize {
         self.spec.dim
@@ -166,10 +150,6 @@ impl Books {
         bits::row_bytes(self.len(), self.spec.bits)
     }
 
-    pub(super) fn tensors(&self) -> Vec<Tensor> {
-        self.tensors.clone()
-    }
-
     /// First column, width and entries in use (as float32, scale applied) of each book, in order.
     pub fn books(&self) -> Vec<(usize, usize, Vec<f32>)> {
         let mut books = Vec::new();
@@ -181,14 +161,6 @@ impl Books {
             }
         }
         books
-    }
-
-    pub(super) fn decode(&self, rows: &Rows, out: Output) {
-        (kernels::best().lookup_books)(&self.view(), rows, out);
-    }
-
-    pub(super) fn pool(&self, bags: &Bags, out: &mut [f32]) {
-        (kernels::best().pool_books)(&self.view(), bags, out);
     }
 
     fn view(&self) -> BooksView<'_> {
@@ -204,8 +176,34 @@ impl Books {
         let (dim, bits, scale) = (self.spec.dim, self.spec.bits, self.spec.scale);
         BooksView { dim, bits, row_bytes: self.row_bytes(), scale, tiled: self.tiled, groups }
     }
+}
 
-    pub(super) fn scorer(&self, query: &[f32], metric: Metric) -> Option<Scorer> {
+impl Form for Books {
+    fn name(&self) -> &'static str {
+        Books::FORM
+    }
+
+    fn dim(&self) -> usize {
+        self.spec.dim
+    }
+
+    fn row_bytes(&self) -> usize {
+        bits::row_bytes(self.len(), self.spec.bits)
+    }
+
+    fn decode_floats(&self, rows: &Rows, out: &mut [f32]) {
+        self.decode(rows, out.into());
+    }
+
+    fn decode(&self, rows: &Rows, out: Output) {
+        (kernels::best().lookup_books)(&self.view(), rows, out);
+    }
+
+    fn pool(&self, bags: &Bags, out: &mut [f32]) {
+        (kernels::best().pool_books)(&self.view(), bags, out);
+    }
+
+    fn scorer(&self, query: &[f32], metric: Metric) -> Option<Scorer> {
         // A squared distance is a sum over books only where each column belongs to one book.
         let distance = match metric {
             Metric::InnerProduct => false,
@@ -222,7 +220,27 @@ impl Books {
                 });
             }
         }
-        Some(Scorer { fields: self.len(), bits: self.spec.bits, tables })
+        Some(Scorer { fields: self.len(), bits: self.spec.bits, tables, bias: 0.0 })
+    }
+    fn tensors(&self) -> Vec<Tensor> {
+        self.tensors.clone()
+    }
+
+    fn spec(&self) -> Value {
+        serde_json::to_value(&self.spec).unwrap_or_default()
+    }
+
+    fn with_tensors(&self, tensors: &[Tensor]) -> Result<Decoder> {
+        let mut groups = Vec::new();
+        for (index, group) in self.spec.groups.iter().enumerate() {
+            let shape = [group.starts.len(), 1 << self.spec.bits, group.width];
+            let values = take(tensors, &format!("codebooks.{index}"), None, &shape)?.to_floats();
+            let used = group.entries * group.width;
+            let used = values.chunks(group.width << self.spec.bits).flat_map(|book| &book[..used]);
+            // Stored values carry the scale on the outside; `new` finds a fresh one.
+            groups.push((group.clone(), used.map(|v| v * self.spec.scale).collect()));
+        }
+        Ok(Decoder::Books(Books::new(self.spec.dim, self.spec.bits, self.spec.dtype, groups)?))
     }
 }
 

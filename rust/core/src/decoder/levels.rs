@@ -1,12 +1,13 @@
 //! Form `levels`: a row is a list of small numbers, with scales per row, block or column.
 
-use super::take;
+use super::{take, Decoder, Form};
 use crate::bits;
 use crate::error::{Error, Result};
 use crate::kernels::{self, Bags, Level, LevelsView, Output, Rows, Scales};
 use crate::tensor::{Dtype, Tensor};
 use half::f16;
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 
 /// Type of the stored numbers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -162,10 +163,6 @@ impl Levels {
         Ok(Levels { spec, columns })
     }
 
-    pub(super) fn with_tensors(&self, tensors: &[Tensor]) -> Result<Self> {
-        Levels::from_parts(self.spec.clone(), tensors)
-    }
-
     /// The description.
     pub fn spec(&self) -> &LevelsSpec {
         &self.spec
@@ -186,18 +183,6 @@ impl Levels {
         self.spec.row_bytes()
     }
 
-    pub(super) fn tensors(&self) -> Vec<Tensor> {
-        self.columns.iter().flat_map(|(scale, offset)| [scale.clone(), offset.clone()]).collect()
-    }
-
-    pub(super) fn decode(&self, rows: &Rows, out: Output) {
-        (kernels::best().lookup_levels)(&self.view(), rows, out);
-    }
-
-    pub(super) fn pool(&self, bags: &Bags, out: &mut [f32]) {
-        (kernels::best().pool_levels)(&self.view(), bags, out);
-    }
-
     fn view(&self) -> LevelsView<'_> {
         let spec = &self.spec;
         let scales = match (&self.columns, spec.shared()) {
@@ -212,8 +197,46 @@ impl Levels {
         };
         LevelsView { dim: spec.dim, row_bytes: self.row_bytes(), level: spec.dtype.level(), scales }
     }
+}
 
-    pub(super) fn bad_row(&self, codes: &[u8]) -> Option<usize> {
+impl Form for Levels {
+    fn name(&self) -> &'static str {
+        Levels::FORM
+    }
+
+    fn dim(&self) -> usize {
+        self.spec.dim
+    }
+
+    fn row_bytes(&self) -> usize {
+        self.spec.row_bytes()
+    }
+
+    fn decode_floats(&self, rows: &Rows, out: &mut [f32]) {
+        self.decode(rows, out.into());
+    }
+
+    fn decode(&self, rows: &Rows, out: Output) {
+        (kernels::best().lookup_levels)(&self.view(), rows, out);
+    }
+
+    fn pool(&self, bags: &Bags, out: &mut [f32]) {
+        (kernels::best().pool_levels)(&self.view(), bags, out);
+    }
+
+    fn tensors(&self) -> Vec<Tensor> {
+        self.columns.iter().flat_map(|(scale, offset)| [scale.clone(), offset.clone()]).collect()
+    }
+
+    fn spec(&self) -> Value {
+        serde_json::to_value(&self.spec).unwrap_or_default()
+    }
+
+    fn with_tensors(&self, tensors: &[Tensor]) -> Result<Decoder> {
+        Ok(Decoder::Levels(Levels::from_parts(self.spec.clone(), tensors)?))
+    }
+
+    fn bad_row(&self, codes: &[u8]) -> Option<usize> {
         let brain = self.spec.dtype == Number::Bfloat16;
         let finite = |bytes: &[u8]| match brain {
             true => half::bf16::from_le_bytes([bytes[0], bytes[1]]).is_finite(),

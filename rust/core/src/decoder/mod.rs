@@ -4,18 +4,75 @@
 //! quantizer that this version has never heard of can still be looked up.
 
 mod books;
+mod join;
 mod levels;
+mod linear;
 
 pub use books::{Books, CodebookDtype, GroupSpec};
+pub use join::{Join, Joining};
 pub use levels::{Granularity, Levels, LevelsSpec, Number};
+pub use linear::{Linear, LinearMap, MatrixDtype, Rotation};
 
 use crate::error::{Error, Result};
-use crate::kernels::{Bags, Ids, Output, Rows};
+use crate::kernels::{self, Bags, Ids, Output, Rows};
 use crate::tensor::Tensor;
+use serde::de::DeserializeOwned;
 use serde_json::{Map, Value};
 
-/// The forms that this version reads.
-pub const FORMS: &[&str] = &[Books::FORM, Levels::FORM];
+/// Makes a decoder from the rest of its description and its tensors.
+type Read = fn(Value, &[Tensor]) -> Result<Decoder>;
+
+/// The forms that this version reads, by name.
+const FORMS: &[(&str, Read)] = &[
+    (Books::FORM, |spec, tensors| Ok(Decoder::Books(Books::from_parts(parse(spec)?, tensors)?))),
+    (Levels::FORM, |spec, tensors| Ok(Decoder::Levels(Levels::from_parts(parse(spec)?, tensors)?))),
+    (Linear::FORM, |spec, tensors| Ok(Decoder::Linear(Linear::from_parts(parse(spec)?, tensors)?.into()))),
+    (Join::FORM, |spec, tensors| Ok(Decoder::Join(Join::from_parts(parse(spec)?, tensors)?))),
+];
+
+/// What every form can do. Ids must be inside the codes; everything runs on the calling thread.
+pub trait Form {
+    /// The form's name.
+    fn name(&self) -> &'static str;
+
+    /// Values in a row.
+    fn dim(&self) -> usize;
+
+    /// Bytes of a row's code.
+    fn row_bytes(&self) -> usize;
+
+    /// Decodes some rows of a call as float32.
+    fn decode_floats(&self, rows: &Rows, out: &mut [f32]);
+
+    /// Decodes some rows of a call. Forms with kernels that round in registers have their own.
+    fn decode(&self, rows: &Rows, out: Output) {
+        kernels::best().write(self.dim(), out, |range, out| self.decode_floats(&rows.part(range), out));
+    }
+
+    /// Combines decoded rows, a row of `out` for each bag. Forms with kernels that add in registers have their own.
+    fn pool(&self, bags: &Bags, out: &mut [f32]) {
+        kernels::pool_rows(bags, self.dim(), out, |rows, out| self.decode_floats(rows, out));
+    }
+
+    /// The query's tables, where the form and the metric allow the score to be a sum over fields.
+    fn scorer(&self, _query: &[f32], _metric: Metric) -> Option<Scorer> {
+        None
+    }
+
+    /// The named arrays, in the order of the file.
+    fn tensors(&self) -> Vec<Tensor>;
+
+    /// Everything else but the name, as a JSON object.
+    fn spec(&self) -> Value;
+
+    /// The same with other values in its tensors (same names and shapes; floats round to the stored type).
+    fn with_tensors(&self, tensors: &[Tensor]) -> Result<Decoder>;
+
+    /// The first row whose own scales are not finite, if any.
+    fn bad_row(&self, _codes: &[u8]) -> Option<usize> {
+        None
+    }
+}
 
 /// What a search compares by.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -36,13 +93,15 @@ pub struct Scorer {
     pub bits: u32,
     /// Table of field `m` is `tables[m << bits..(m + 1) << bits]`.
     pub tables: Vec<f32>,
+    /// What every row's score starts from.
+    pub bias: f32,
 }
 
 impl Scorer {
     /// The score of one row: the sum of its fields' contributions, in order.
     #[inline]
     pub fn score(&self, row: &[u8]) -> f32 {
-        let mut sum = 0.0;
+        let mut sum = self.bias;
         for field in 0..self.fields {
             let code = crate::bits::get(row, self.bits, field) as usize;
             sum += self.tables[(field << self.bits) + code];
@@ -58,31 +117,43 @@ pub enum Decoder {
     Books(Books),
     /// Small numbers with scales per row, block or column.
     Levels(Levels),
+    /// A mean row, and another decoder's rows through a linear map.
+    Linear(Box<Linear>),
+    /// Other decoders' rows, side by side or added.
+    Join(Join),
 }
 
 impl Decoder {
+    /// What the form does.
+    fn get(&self) -> &dyn Form {
+        match self {
+            Decoder::Books(form) => form,
+            Decoder::Levels(form) => form,
+            Decoder::Linear(form) => form.as_ref(),
+            Decoder::Join(form) => form,
+        }
+    }
+
     /// The form's name.
     pub fn form(&self) -> &'static str {
-        match self {
-            Decoder::Books(_) => Books::FORM,
-            Decoder::Levels(_) => Levels::FORM,
-        }
+        self.get().name()
+    }
+
+    /// The name of a form that this version does not read, if the description has one.
+    pub fn unknown_form(description: &Map<String, Value>) -> Option<(&str, String)> {
+        let form = description.get("form").and_then(Value::as_str)?;
+        let names: Vec<&str> = FORMS.iter().map(|(name, _)| *name).collect();
+        (!names.contains(&form)).then(|| (form, names.join(", ")))
     }
 
     /// Values in a row.
     pub fn dim(&self) -> usize {
-        match self {
-            Decoder::Books(books) => books.dim(),
-            Decoder::Levels(levels) => levels.dim(),
-        }
+        self.get().dim()
     }
 
     /// Bytes of a row's code.
     pub fn row_bytes(&self) -> usize {
-        match self {
-            Decoder::Books(books) => books.row_bytes(),
-            Decoder::Levels(levels) => levels.row_bytes(),
-        }
+        self.get().row_bytes()
     }
 
     /// Decodes the rows `ids` of `codes` into `out`, on the calling thread. Ids must be inside the codes.
@@ -92,45 +163,29 @@ impl Decoder {
 
     /// Decodes some rows of a call into `out`, on the calling thread. Ids must be inside the codes.
     pub fn decode_rows(&self, rows: &Rows, out: Output) {
-        match self {
-            Decoder::Books(books) => books.decode(rows, out),
-            Decoder::Levels(levels) => levels.decode(rows, out),
-        }
+        self.get().decode(rows, out);
     }
 
     /// Combines decoded rows, a row of `out` for each bag, on the calling thread. Ids must be inside the codes.
     pub fn pool(&self, bags: &Bags, out: &mut [f32]) {
-        match self {
-            Decoder::Books(books) => books.pool(bags, out),
-            Decoder::Levels(levels) => levels.pool(bags, out),
-        }
+        self.get().pool(bags, out);
     }
 
     /// The query's tables, where the form and the metric allow the score to be a sum over fields.
     pub fn scorer(&self, query: &[f32], metric: Metric) -> Option<Scorer> {
-        match self {
-            Decoder::Books(books) => books.scorer(query, metric),
-            Decoder::Levels(_) => None,
-        }
+        self.get().scorer(query, metric)
     }
 
     /// The named arrays, in the order of the file.
     pub fn tensors(&self) -> Vec<Tensor> {
-        match self {
-            Decoder::Books(books) => books.tensors(),
-            Decoder::Levels(levels) => levels.tensors(),
-        }
+        self.get().tensors()
     }
 
     /// Everything else: a JSON object with `form` and what the form needs.
     pub fn describe(&self) -> Map<String, Value> {
-        let (form, spec) = match self {
-            Decoder::Books(books) => (Books::FORM, serde_json::to_value(books.spec())),
-            Decoder::Levels(levels) => (Levels::FORM, serde_json::to_value(levels.spec())),
-        };
         let mut object = Map::new();
-        object.insert("form".into(), form.into());
-        if let Ok(Value::Object(spec)) = spec {
+        object.insert("form".into(), self.form().into());
+        if let Value::Object(spec) = self.get().spec() {
             object.extend(spec);
         }
         object
@@ -139,36 +194,42 @@ impl Decoder {
     /// A decoder from its description and tensors: checks every size, so that no code byte can read out of bounds. That
     /// the tensors are finite was checked where they came in: from a file block by block, from floats, from Python.
     pub fn from_parts(description: &Map<String, Value>, tensors: &[Tensor]) -> Result<Decoder> {
+        if let Some((form, known)) = Decoder::unknown_form(description) {
+            return Err(Error::parameter("form", format!("{form:?}"), format!("this version reads the forms {known}")));
+        }
         let mut spec = description.clone();
         let form = spec.remove("form").and_then(|f| f.as_str().map(str::to_owned)).unwrap_or_default();
-        let spec = Value::Object(spec);
-        match form.as_str() {
-            Books::FORM => Ok(Decoder::Books(Books::from_parts(parse(spec)?, tensors)?)),
-            Levels::FORM => Ok(Decoder::Levels(Levels::from_parts(parse(spec)?, tensors)?)),
-            other => {
-                Err(Error::parameter("form", format!("{other:?}"), "this version reads the forms books and levels"))
-            }
-        }
+        let read = FORMS.iter().find(|(name, _)| *name == form);
+        let read = read.ok_or_else(|| Error::shape("the decoder's description", "no form", "the name of a form"))?.1;
+        read(Value::Object(spec), tensors)
     }
 
     /// The same decoder with other values in its tensors (same names and shapes; floats round to the stored type).
     pub fn with_tensors(&self, tensors: &[Tensor]) -> Result<Decoder> {
-        match self {
-            Decoder::Books(books) => Ok(Decoder::Books(books.with_tensors(tensors)?)),
-            Decoder::Levels(levels) => Ok(Decoder::Levels(levels.with_tensors(tensors)?)),
-        }
+        self.get().with_tensors(tensors)
     }
 
     /// The first row whose own scales are not finite, if any.
     pub fn bad_row(&self, codes: &[u8]) -> Option<usize> {
-        match self {
-            Decoder::Books(_) => None,
-            Decoder::Levels(levels) => levels.bad_row(codes),
-        }
+        self.get().bad_row(codes)
     }
 }
 
-fn parse<T: serde::de::DeserializeOwned>(value: Value) -> Result<T> {
+/// The tensors whose names start with the prefix, without it.
+fn inner_tensors(tensors: &[Tensor], prefix: &str) -> Vec<Tensor> {
+    let inner = |tensor: &Tensor| tensor.name.strip_prefix(prefix).map(|name| tensor.renamed(name));
+    tensors.iter().filter_map(inner).collect()
+}
+
+/// A decoder's tensors with the prefix before their names.
+fn outer_tensors(decoder: &Decoder, prefix: &str) -> Vec<Tensor> {
+    decoder.tensors().into_iter().map(|tensor| {
+        let name = format!("{prefix}{}", tensor.name);
+        tensor.renamed(name)
+    }).collect()
+}
+
+fn parse<T: DeserializeOwned>(value: Value) -> Result<T> {
     serde_json::from_value(value).map_err(|e| Error::shape("the decoder's description", e.to_string(), "a valid one"))
 }
 

@@ -512,6 +512,11 @@ impl std::fmt::Debug for Kernels {
     }
 }
 
+/// Combines rows that `decode` gives, a row of `out` for each bag: for forms without a kernel that adds in registers.
+pub fn pool_rows(bags: &Bags, dim: usize, out: &mut [f32], decode: impl Fn(&Rows, &mut [f32])) {
+    scalar::pool(bags, dim, out, decode);
+}
+
 /// The tables that this CPU can run, slowest first. The first is always `scalar`.
 pub fn available() -> Vec<&'static Kernels> {
     #[cfg(target_arch = "x86_64")]

@@ -3,6 +3,7 @@
 //! A quantizer is its parameters, with `fit` and an encoder. It keeps no fitted state: everything that reading needs
 //! goes into a [`Decoder`], and everything after fitting needs only that.
 
+mod front;
 mod kmeans;
 mod product;
 mod residual;
@@ -17,6 +18,7 @@ use crate::matrix::{check_weights, Matrix, Sample};
 use crate::pool::Context;
 use serde::de::DeserializeOwned;
 use serde::Serialize;
+use front::{Front, Fronted, Turning};
 use serde_json::{Map, Value};
 use std::sync::Arc;
 
@@ -52,6 +54,8 @@ pub trait Quantizer: Serialize + DeserializeOwned + Default + Send + Sync + 'sta
     const NAME: &'static str;
     /// One line for the documentation.
     const ABOUT: &'static str;
+    /// Defaults of the parameters that all kinds share.
+    const FRONT: Front = Front::NONE;
 
     /// Refuses parameters that are never allowed.
     fn check(&self) -> Result<()>;
@@ -64,6 +68,26 @@ pub trait Quantizer: Serialize + DeserializeOwned + Default + Send + Sync + 'sta
 
     /// Prepares encoding with a decoder that `fit` made.
     fn encoder<'a>(&'a self, decoder: &'a Decoder, ctx: &Context) -> Result<Encoder<'a>>;
+
+    /// The rotation that `rotation="auto"` stands for.
+    fn usual_rotation(&self) -> Option<Turning> {
+        None
+    }
+
+    /// Most principal components that the quantizer takes of rows of `dim` columns.
+    fn columns(&self, dim: usize) -> usize {
+        dim
+    }
+
+    /// The principal components that it takes, in the order in which it wants them; `variances` fall.
+    fn components(&self, variances: &[f64]) -> Vec<usize> {
+        (0..self.columns(variances.len())).collect()
+    }
+
+    /// The rows of the rotation after which its error is least: for `rotation="learned"`.
+    fn learn_rotation(&self, _: Sample, _: &Context) -> Result<Vec<f32>> {
+        Err(Error::parameter("rotation", "'learned'", format!("the kind {} learns no rotation", Self::NAME)))
+    }
 }
 
 /// [`Quantizer`] for any kind at run time.
@@ -76,24 +100,6 @@ pub trait AnyQuantizer: Send + Sync {
     fn encoder<'a>(&'a self, decoder: &'a Decoder, ctx: &Context) -> Result<Encoder<'a>>;
     /// The parameters, defaults filled in.
     fn parameters(&self) -> Map<String, Value>;
-}
-
-impl<Q: Quantizer> AnyQuantizer for Q {
-    fn blank(&self, rows: usize, dim: usize) -> Result<Decoder> {
-        Quantizer::blank(self, rows, dim)
-    }
-    fn fit(&self, data: Sample, ctx: &Context) -> Result<Learned> {
-        Quantizer::fit(self, data, ctx)
-    }
-    fn encoder<'a>(&'a self, decoder: &'a Decoder, ctx: &Context) -> Result<Encoder<'a>> {
-        Quantizer::encoder(self, decoder, ctx)
-    }
-    fn parameters(&self) -> Map<String, Value> {
-        match serde_json::to_value(self) {
-            Ok(Value::Object(map)) => map,
-            _ => Map::new(),
-        }
-    }
 }
 
 type Make = fn(Map<String, Value>) -> Result<Arc<dyn AnyQuantizer>>;
@@ -127,21 +133,34 @@ const fn kind<Q: Quantizer>() -> Kind {
 }
 
 fn make<Q: Quantizer>(parameters: Map<String, Value>) -> Result<Arc<dyn AnyQuantizer>> {
-    let defaults = Q::default().parameters();
-    for (name, value) in &parameters {
-        if !defaults.contains_key(name) {
-            let known: Vec<&str> = defaults.keys().map(String::as_str).collect();
-            return Err(Error::parameter(name, value, format!("{} takes {}", Q::NAME, known.join(", "))));
+    let (front, own) = Front::split(parameters);
+    let (front, quantizer) = (read::<Front>(Q::NAME, &Q::FRONT, front, &own)?, Q::default());
+    let quantizer = read::<Q>(Q::NAME, &quantizer, own, &Map::new())?;
+    quantizer.check()?;
+    Ok(Arc::new(Fronted::new(front, quantizer)?))
+}
+
+/// Parameters over their defaults. `others` are named where one is unknown.
+fn read<P: Serialize + DeserializeOwned>(
+    kind: &str,
+    defaults: &P,
+    given: Map<String, Value>,
+    others: &Map<String, Value>,
+) -> Result<P> {
+    let Ok(Value::Object(mut all)) = serde_json::to_value(defaults) else {
+        return Err(Error::parameter("parameters", kind, "could not be written"));
+    };
+    for (name, value) in given {
+        if !all.contains_key(&name) {
+            let known: Vec<&str> = all.keys().chain(others.keys()).map(String::as_str).collect();
+            return Err(Error::parameter(&name, value, format!("{kind} takes {}", known.join(", "))));
         }
         // One at a time, so that the message names the parameter.
-        let one = Map::from_iter([(name.clone(), value.clone())]);
-        serde_json::from_value::<Q>(Value::Object(one))
-            .map_err(|e| Error::parameter(name, shown(value), expected(&defaults[name], &e)))?;
+        let default = all.insert(name.clone(), value.clone()).unwrap_or_default();
+        serde_json::from_value::<P>(Value::Object(all.clone()))
+            .map_err(|e| Error::parameter(&name, shown(&value), expected(&default, &e)))?;
     }
-    let quantizer: Q = serde_json::from_value(Value::Object(parameters))
-        .map_err(|e| Error::parameter("parameters", Q::NAME, e.to_string()))?;
-    quantizer.check()?;
-    Ok(Arc::new(quantizer))
+    serde_json::from_value(Value::Object(all)).map_err(|e| Error::parameter("parameters", kind, e.to_string()))
 }
 
 /// A value as Python writes it: JSON has no NaN and no infinity.

@@ -356,7 +356,7 @@ fn decoder_range(entries: &[Entry]) -> Range<usize> {
 /// True if no float of these bytes, a multiple of four of them but at the end of a tensor, has a full exponent.
 fn finite(dtype: Dtype, bytes: &[u8]) -> bool {
     let (mask, one, full) = match dtype {
-        Dtype::U8 | Dtype::U64 => return true,
+        Dtype::U8 | Dtype::I8 | Dtype::U64 => return true,
         Dtype::F16 => (0x7c00_7c00, 0x0400_0400, 0x8000_8000),
         Dtype::Bf16 => (0x7f80_7f80, 0x0080_0080, 0x8000_8000),
         Dtype::F32 => (0x7f80_0000, 0x0080_0000, 0x8000_0000),

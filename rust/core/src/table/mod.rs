@@ -96,8 +96,7 @@ impl Table {
         let description = file.description();
         let object = |key: &str| description.get(key).and_then(Value::as_object).cloned();
         let decoder = object("decoder").ok_or_else(|| wrong("the header describes no decoder".into()))?;
-        if let Some(form) = decoder.get("form").and_then(Value::as_str).filter(|f| !crate::decoder::FORMS.contains(f)) {
-            let known = crate::decoder::FORMS.join(", ");
+        if let Some((form, known)) = Decoder::unknown_form(&decoder) {
             let why = format!("needs the decoder form {form:?}; this version reads {known}: install a newer vqrs");
             return Err(Error::Version { path: path.into(), why });
         }
