@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copyreg
+import json
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -106,6 +107,11 @@ def _both(first: _core.Progress | None, second: _core.Progress | None) -> _core.
     return call
 
 
+def _inner(tensors: dict[str, NDArray[Any]], prefix: str) -> dict[str, NDArray[Any]]:
+    """The tensors whose names start with the prefix, without it."""
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
 class Quantizer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Estimator):
     """Base of all quantizers: a subclass adds its parameters and names its kind.
 
@@ -117,6 +123,10 @@ class Quantizer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Estimator):
         Iterations of the longest-running k-means, or of the rounds of a kind without one.
     relative_error_ : float
         ‖X − X̂‖² / ‖X‖² of the rows that were fitted, weighted if they were.
+    mean_ : ndarray of shape (n_features_in_,), float32
+        The mean row, if ``center``.
+    components_ : ndarray of shape (n_components, n_features_in_), float32
+        The rotation as it is read, if it is stored.
     n_features_in_ : int
         Number of features seen during fit.
     feature_names_in_ : ndarray of shape (n_features_in_,)
@@ -341,18 +351,32 @@ class Quantizer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Estimator):
 
     def _core_parameters(self) -> dict[str, Any]:
         shared = Estimator._parameter_constraints
-        return as_parameters({name: value for name, value in self.get_params().items() if name not in shared})
+        parameters = self.get_params(deep=False).items()
+        return as_parameters({name: value for name, value in parameters if name not in shared})
 
     def _set_codec(self, codec: _core.Codec) -> None:
         self._codec = codec
         self.row_bytes_ = codec.row_bytes
         self.n_iter_ = codec.n_iter
         self.relative_error_ = codec.relative_error
-        if codec.form == "books":
+        form, tensors = self._read_front(codec)
+        if form == "books":
             self.codebooks_ = codec.books()
-        elif codec.form == "levels":
-            tensors = codec.tensors()
+        elif form == "levels":
             self.scale_, self.offset_ = tensors.get("scale"), tensors.get("offset")
+
+    def _read_front(self, codec: _core.Codec) -> tuple[str, dict[str, NDArray[Any]]]:
+        """Sets ``mean_`` and ``components_`` where rows are centred or turned by a matrix; form and tensors behind."""
+        description, tensors = json.loads(codec.description()), codec.tensors()
+        if description["form"] == "join":
+            description, tensors = description["parts"][0], _inner(tensors, "parts.0.")
+        if description["form"] != "linear":
+            return description["form"], tensors
+        self.mean_ = tensors.get("mean")
+        self.components_ = tensors.get("rotation")
+        if self.components_ is not None:
+            self.components_ = self.components_.astype(np.float32) * tensors.get("rotation.scale", np.ones(1))[:, None]
+        return description["inner"]["form"], _inner(tensors, "inner.")
 
     @property
     def _n_features_out(self) -> int:

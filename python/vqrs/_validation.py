@@ -162,8 +162,21 @@ def as_jobs(n_jobs: int | None) -> int | None:
 
 
 def as_parameters(parameters: Mapping[str, Any]) -> dict[str, Any]:
-    """Plain Python values of parameters: numpy scalars, as parameter grids make them, are unwrapped."""
-    return {name: value.item() if isinstance(value, np.generic) else value for name, value in parameters.items()}
+    """Plain Python values of parameters.
+
+    Numpy scalars, as parameter grids make them, are unwrapped; a quantizer becomes its kind with its parameters.
+    """
+    return {name: _as_parameter(name, value) for name, value in parameters.items()}
+
+
+def _as_parameter(name: str, value: Any) -> Any:
+    if isinstance(value, np.generic):
+        return value.item()
+    if name == "residual" and value is not None and not isinstance(value, Mapping):
+        if isinstance(value, type) or not hasattr(value, "_core_parameters"):
+            raise TypeError(f"residual must be a quantizer or None, not {value!r}")
+        return {"kind": value._kind, "parameters": value._core_parameters()}
+    return value
 
 
 def as_array(values: Any, name: str = "X") -> NDArray[Any]:

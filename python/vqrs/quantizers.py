@@ -22,6 +22,15 @@ class VectorQuantizer(Quantizer):
         k-means stops when its centroids move by less than this fraction of the variance.
     codebook_dtype : {"float16", "bfloat16", "float32"}, default="float16"
         How the centroids are stored.
+    center : bool, default=False
+        Whether the mean row is taken off first; the table keeps it.
+    rotation : {None, "random", "dense", "pca", "learned", "auto"}, default=None
+        How rows are turned before they are coded: at random from a seed, at random by a stored matrix, to principal
+        components, by what suits this quantizer best ("product" learns it), or as its other parameters suggest.
+    rotation_dtype : {"float16", "int8", "float32"}, default="float16"
+        How a matrix of the rotation is stored.
+    residual : quantizer or None, default=None
+        Codes what this one leaves over: a row is then the sum of both. Its own random state does not count.
     random_state : int, RandomState, Generator or None, default=None
         Draws the first centroids; an int repeats them.
     n_jobs : int or None, default=None
@@ -78,6 +87,10 @@ class VectorQuantizer(Quantizer):
         max_iter: int = 25,
         tol: float = 1e-4,
         codebook_dtype: str = "float16",
+        center: bool = False,
+        rotation: str | None = None,
+        rotation_dtype: str = "float16",
+        residual: Quantizer | None = None,
         random_state: Any = None,
         n_jobs: int | None = None,
         verbose: int = 0,
@@ -86,6 +99,10 @@ class VectorQuantizer(Quantizer):
         self.max_iter = max_iter
         self.tol = tol
         self.codebook_dtype = codebook_dtype
+        self.center = center
+        self.rotation = rotation
+        self.rotation_dtype = rotation_dtype
+        self.residual = residual
         self.random_state = random_state
         self.n_jobs = n_jobs
         self.verbose = verbose
@@ -108,6 +125,15 @@ class ProductQuantizer(Quantizer):
         k-means stops when its centroids move by less than this fraction of the variance.
     codebook_dtype : {"float16", "bfloat16", "float32"}, default="float16"
         How the centroids are stored.
+    center : bool, default=False
+        Whether the mean row is taken off first; the table keeps it.
+    rotation : {None, "random", "dense", "pca", "learned", "auto"}, default=None
+        How rows are turned before they are coded: at random from a seed, at random by a stored matrix, to principal
+        components, by what suits this quantizer best ("product" learns it), or as its other parameters suggest.
+    rotation_dtype : {"float16", "int8", "float32"}, default="float16"
+        How a matrix of the rotation is stored.
+    residual : quantizer or None, default=None
+        Codes what this one leaves over: a row is then the sum of both. Its own random state does not count.
     random_state : int, RandomState, Generator or None, default=None
         Draws the first centroids; an int repeats them.
     n_jobs : int or None, default=None
@@ -163,6 +189,10 @@ class ProductQuantizer(Quantizer):
         max_iter: int = 25,
         tol: float = 1e-4,
         codebook_dtype: str = "float16",
+        center: bool = False,
+        rotation: str | None = None,
+        rotation_dtype: str = "float16",
+        residual: Quantizer | None = None,
         random_state: Any = None,
         n_jobs: int | None = None,
         verbose: int = 0,
@@ -172,6 +202,10 @@ class ProductQuantizer(Quantizer):
         self.max_iter = max_iter
         self.tol = tol
         self.codebook_dtype = codebook_dtype
+        self.center = center
+        self.rotation = rotation
+        self.rotation_dtype = rotation_dtype
+        self.residual = residual
         self.random_state = random_state
         self.n_jobs = n_jobs
         self.verbose = verbose
@@ -198,6 +232,15 @@ class ResidualQuantizer(Quantizer):
         k-means stops when its centroids move by less than this fraction of the variance.
     codebook_dtype : {"float16", "bfloat16", "float32"}, default="float16"
         How the entries are stored.
+    center : bool, default=False
+        Whether the mean row is taken off first; the table keeps it.
+    rotation : {None, "random", "dense", "pca", "learned", "auto"}, default=None
+        How rows are turned before they are coded: at random from a seed, at random by a stored matrix, to principal
+        components, by what suits this quantizer best ("product" learns it), or as its other parameters suggest.
+    rotation_dtype : {"float16", "int8", "float32"}, default="float16"
+        How a matrix of the rotation is stored.
+    residual : quantizer or None, default=None
+        Codes what this one leaves over: a row is then the sum of both. Its own random state does not count.
     random_state : int, RandomState, Generator or None, default=None
         Draws the first centroids; an int repeats them.
     n_jobs : int or None, default=None
@@ -253,6 +296,10 @@ class ResidualQuantizer(Quantizer):
         max_iter: int = 25,
         tol: float = 1e-4,
         codebook_dtype: str = "float16",
+        center: bool = False,
+        rotation: str | None = None,
+        rotation_dtype: str = "float16",
+        residual: Quantizer | None = None,
         random_state: Any = None,
         n_jobs: int | None = None,
         verbose: int = 0,
@@ -264,6 +311,10 @@ class ResidualQuantizer(Quantizer):
         self.max_iter = max_iter
         self.tol = tol
         self.codebook_dtype = codebook_dtype
+        self.center = center
+        self.rotation = rotation
+        self.rotation_dtype = rotation_dtype
+        self.residual = residual
         self.random_state = random_state
         self.n_jobs = n_jobs
         self.verbose = verbose
@@ -285,6 +336,17 @@ class ScalarQuantizer(Quantizer):
         Ends that make the squared error smallest, or the least and greatest value.
     symmetric : bool, default=False
         Whether the levels lie evenly around zero, which leaves the lower end out of the row.
+    center : bool, default=False
+        Whether the mean row is taken off first; the table keeps it.
+    rotation : {None, "random", "dense", "pca", "learned", "auto"}, default=None
+        How rows are turned before they are coded: at random from a seed, at random by a stored matrix, to principal
+        components, by what suits this quantizer best ("product" learns it), or as its other parameters suggest.
+    rotation_dtype : {"float16", "int8", "float32"}, default="float16"
+        How a matrix of the rotation is stored.
+    residual : quantizer or None, default=None
+        Codes what this one leaves over: a row is then the sum of both. Its own random state does not count.
+    random_state : int, RandomState, Generator or None, default=None
+        Draws a random rotation; an int repeats it.
     n_jobs : int or None, default=None
         Threads; None takes all that the process may use. The result does not depend on it.
     verbose : int, default=0
@@ -335,6 +397,11 @@ class ScalarQuantizer(Quantizer):
         block_size: int = 64,
         clip: str = "mse",
         symmetric: bool = False,
+        center: bool = False,
+        rotation: str | None = None,
+        rotation_dtype: str = "float16",
+        residual: Quantizer | None = None,
+        random_state: Any = None,
         n_jobs: int | None = None,
         verbose: int = 0,
     ) -> None:
@@ -343,5 +410,10 @@ class ScalarQuantizer(Quantizer):
         self.block_size = block_size
         self.clip = clip
         self.symmetric = symmetric
+        self.center = center
+        self.rotation = rotation
+        self.rotation_dtype = rotation_dtype
+        self.residual = residual
+        self.random_state = random_state
         self.n_jobs = n_jobs
         self.verbose = verbose

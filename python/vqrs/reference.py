@@ -31,7 +31,9 @@ from numpy.typing import NDArray
 __all__ = [
     "decode",
     "decode_books",
+    "decode_join",
     "decode_levels",
+    "decode_linear",
     "encode_kmeans",
     "encode_product",
     "encode_residual",
@@ -39,6 +41,9 @@ __all__ = [
     "fused_multiply_add",
     "pack_bits",
     "pool",
+    "project",
+    "random_sign",
+    "row_bytes",
     "search",
     "unpack_bits",
 ]
@@ -194,7 +199,148 @@ def decode_levels(description: Mapping[str, Any], tensors: Tensors, codes: NDArr
     return fused_multiply_add(levels, scale[:, block], offset[:, block])
 
 
-FORMS = {"books": decode_books, "levels": decode_levels}
+def decode_linear(description: Mapping[str, Any], tensors: Tensors, codes: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """Form "linear": the rows of another decoder, turned back, plus a mean row.
+
+    A stored rotation has one row for each inner column: the value of a column is one chain of fused multiply-adds from
+    zero over the inner columns. Without a matrix the rotation is rounds of signs and Walsh-Hadamard transforms, made
+    from a seed (Ailon and Chazelle 2009).
+
+    Parameters and the result are those of :func:`decode`.
+
+    Examples
+    --------
+    >>> inner = {"form": "levels", "dim": 1, "dtype": "float16"}
+    >>> description = {"dim": 2, "mean": True, "rotation": {"kind": "matrix", "dtype": "float16"}, "inner": inner}
+    >>> tensors = {"mean": np.array([0, 1], np.float32), "rotation": np.array([[0.5, 2]], np.float16)}
+    >>> decode_linear(description, tensors, np.array([[4.0]], np.float16).view(np.uint8))
+    array([[2., 9.]], dtype=float32)
+    """
+    rows = decode(description["inner"], _inner(tensors, "inner."), codes)
+    rotation = description["rotation"]
+    if rotation["kind"] == "matrix":
+        matrix = _as_float32(tensors["rotation"])
+        if "rotation.scale" in tensors:
+            matrix = matrix * tensors["rotation.scale"][:, None]
+        turned = np.zeros((len(rows), description["dim"]), np.float32)
+        for column, vector in zip(rows.T, matrix, strict=True):
+            turned = fused_multiply_add(column[:, None], vector[None, :], turned)
+        rows = turned
+    elif rotation["kind"] == "hadamard":
+        rows = _turn_back(rows, rotation["seed"], rotation["rounds"])
+    return rows + tensors["mean"] if description["mean"] else rows
+
+
+def decode_join(description: Mapping[str, Any], tensors: Tensors, codes: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """Form "join": the rows of several decoders, side by side or added in ``float32``, in order.
+
+    A row's code is the codes of the parts, one behind the other.
+
+    Parameters and the result are those of :func:`decode`.
+
+    Examples
+    --------
+    >>> part = {"form": "levels", "dim": 1, "dtype": "float16"}
+    >>> codes = np.array([[1.0, 2.0]], np.float16).view(np.uint8)
+    >>> decode_join({"dim": 2, "mode": "columns", "parts": [part, part]}, {}, codes)
+    array([[1., 2.]], dtype=float32)
+    >>> decode_join({"dim": 1, "mode": "sum", "parts": [part, part]}, {}, codes)
+    array([[3.]], dtype=float32)
+    """
+    pieces, start = [], 0
+    for number, part in enumerate(description["parts"]):
+        end = start + row_bytes(part)
+        pieces.append(decode(part, _inner(tensors, f"parts.{number}."), codes[:, start:end]))
+        start = end
+    if description["mode"] == "columns":
+        return np.concatenate(pieces, axis=1)
+    total = pieces[0]
+    for piece in pieces[1:]:
+        total = total + piece
+    return total
+
+
+FORMS = {"books": decode_books, "levels": decode_levels, "linear": decode_linear, "join": decode_join}
+
+
+def row_bytes(description: Mapping[str, Any]) -> int:
+    """Bytes of a row's code.
+
+    Examples
+    --------
+    >>> row_bytes({"form": "levels", "dim": 3, "dtype": "float16"})
+    6
+    """
+    if description["form"] == "linear":
+        return row_bytes(description["inner"])
+    if description["form"] == "join":
+        return sum(row_bytes(part) for part in description["parts"])
+    return ROW_BYTES[description["form"]](description)
+
+
+def _row_bytes_of_books(description: Mapping[str, Any]) -> int:
+    fields = sum(len(group["starts"]) for group in description["groups"])
+    return (fields * description["bits"] + 7) // 8
+
+
+def _row_bytes_of_levels(description: Mapping[str, Any]) -> int:
+    dim, dtype = description["dim"], description["dtype"]
+    if dtype in ("float16", "bfloat16"):
+        return 2 * dim
+    levels = (dim * int(dtype.removeprefix("int")) + 7) // 8
+    if description["granularity"] == "column":
+        return levels
+    pairs = -(-dim // _block_size(description))
+    return levels + pairs * (2 if description["symmetric"] else 4)
+
+
+ROW_BYTES = {"books": _row_bytes_of_books, "levels": _row_bytes_of_levels}
+"""Of the forms that hold no other decoder."""
+
+
+def _inner(tensors: Tensors, prefix: str) -> Tensors:
+    """The tensors whose names start with the prefix, without it."""
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+def _turn_back(rows: NDArray[np.float32], seed: int, rounds: int) -> NDArray[np.float32]:
+    """Rounds of signs, then Walsh-Hadamard of the first and of the last 2**k columns; undone from the last one on."""
+    dim = rows.shape[1]
+    size = 1 << (dim.bit_length() - 1)
+    signs = np.array([random_sign(seed, place) for place in range(rounds * dim)], np.float32)
+    rows = rows.copy()
+    for round_signs in signs.reshape(rounds, dim)[::-1]:
+        if size < dim:
+            rows[:, dim - size :] = _hadamard(rows[:, dim - size :])
+        rows[:, :size] = _hadamard(rows[:, :size])
+        rows *= round_signs
+    return rows
+
+
+def _hadamard(rows: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Walsh-Hadamard transform of each row, over the root of its length."""
+    n_rows, size = rows.shape
+    half = 1
+    while half < size:
+        pairs = rows.reshape(n_rows, size // (2 * half), 2, half)
+        rows = np.stack([pairs[:, :, 0] + pairs[:, :, 1], pairs[:, :, 0] - pairs[:, :, 1]], axis=2)
+        rows = rows.reshape(n_rows, size)
+        half *= 2
+    return rows * np.float32(1.0 / np.sqrt(np.float64(size)))
+
+
+def random_sign(seed: int, place: int) -> float:
+    """1 or -1: the first bit of the finaliser of SplitMix64 (Steele, Lea and Flood 2014).
+
+    Examples
+    --------
+    >>> [random_sign(7, place) for place in range(4)]
+    [1.0, -1.0, -1.0, 1.0]
+    """
+    number = (seed + place) % 2**64
+    number = (number ^ (number >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+    number = (number ^ (number >> 27)) * 0x94D049BB133111EB % 2**64
+    return 1.0 - 2.0 * ((number ^ (number >> 31)) >> 63)
 
 
 def _block_size(description: Mapping[str, Any]) -> int:
@@ -248,6 +394,45 @@ def _as_float32(stored: NDArray[Any]) -> NDArray[np.float32]:
     if stored.dtype == np.uint16:
         return (stored.astype(np.uint32) << 16).view(np.float32)
     return stored.astype(np.float32)
+
+
+def project(
+    description: str | Mapping[str, Any], tensors: Tensors, x: NDArray[np.floating]
+) -> tuple[Mapping[str, Any], Tensors, NDArray[np.float32]]:
+    """What a quantizer behind a mean and a rotation works on: its decoder, and the rows as it sees them.
+
+    Parameters
+    ----------
+    description : the decoder's description, a mapping or its JSON text
+    tensors : the decoder's tensors by name, as stored
+    x : array of shape (n_rows, dim)
+
+    Returns
+    -------
+    description and tensors of the decoder inside, and its rows, float32; all as they were for other forms
+
+    Examples
+    --------
+    >>> inner = {"form": "levels", "dim": 1, "dtype": "float16"}
+    >>> description = {"form": "linear", "dim": 2, "mean": True, "inner": inner,
+    ...                "rotation": {"kind": "matrix", "dtype": "float16"}}
+    >>> tensors = {"mean": np.array([0, 1], np.float32), "rotation": np.array([[0.6, 0.8]], np.float32)}
+    >>> project(description, tensors, np.array([[3.0, 5.0]]))[2]
+    array([[5.]], dtype=float32)
+    """
+    parsed: Mapping[str, Any] = json.loads(description) if isinstance(description, str) else description
+    if parsed["form"] != "linear":
+        return parsed, tensors, x.astype(np.float32)
+    rows = x - tensors["mean"] if parsed["mean"] else x
+    rotation = parsed["rotation"]
+    if rotation["kind"] == "matrix":
+        matrix = _as_float32(tensors["rotation"]).astype(np.float64)
+        rows = rows @ (matrix * tensors["rotation.scale"][:, None] if "rotation.scale" in tensors else matrix).T
+    elif rotation["kind"] == "hadamard":
+        # The rotation of each axis, turned back, is a row of its inverse.
+        axes = _turn_back(np.eye(parsed["dim"], dtype=np.float32), rotation["seed"], rotation["rounds"])
+        rows = rows @ axes.astype(np.float64).T
+    return parsed["inner"], _inner(tensors, "inner."), rows.astype(np.float32)
 
 
 # ---- encoding ------------------------------------------------------------------------------------------------------

@@ -9,15 +9,28 @@ float32 parameters. Its gathers are plain torch, on any device, and give the val
 from __future__ import annotations
 
 import functools
+import itertools
+import math
+import re
 from abc import abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["BooksDecoder", "Decoder", "LevelsDecoder", "decoder_from_parts", "unpack_bits"]
+from vqrs.reference import random_sign, row_bytes
+
+__all__ = [
+    "BooksDecoder",
+    "Decoder",
+    "JoinDecoder",
+    "LevelsDecoder",
+    "LinearDecoder",
+    "decoder_from_parts",
+    "unpack_bits",
+]
 
 Tensors = Mapping[str, Tensor]
 
@@ -227,7 +240,147 @@ class LevelsDecoder(Decoder):
         return -scale * 2 ** (self.BITS[self.description["dtype"]] - 1)
 
 
-FORMS: dict[str, type[Decoder]] = {"books": BooksDecoder, "levels": LevelsDecoder}
+class LinearDecoder(Decoder):
+    """The rows of another decoder, turned back, plus a mean row.
+
+    The tensors are ``mean`` of shape (dim,), ``rotation`` of shape (n_inner_columns, dim) where it is stored, and those
+    of the module ``inner``.
+    """
+
+    def __init__(self, description: Mapping[str, Any], tensors: Tensors, trainable: bool) -> None:
+        super().__init__(description, _own(tensors), trainable)
+        self.rotation_kind: dict[str, Any] = description["rotation"]
+        self.inner = FORMS[description["inner"]["form"]](description["inner"], _inner(tensors, "inner."), trainable)
+
+    @staticmethod
+    def real_values(description: Mapping[str, Any], stored: Tensors, codes: Tensor) -> dict[str, Tensor]:
+        """Mean and rotation as float32, and what trains of the decoder inside, if it has any."""
+        inner = description["inner"]
+        values = FORMS[inner["form"]].real_values(inner, _inner(stored, "inner."), codes)
+        own = {name: tensor.float() for name, tensor in _own(stored).items()}
+        if "rotation_scale" in own:
+            own["rotation"] = own["rotation"] * own.pop("rotation_scale")[:, None]
+        return own | {f"inner.{name}": value for name, value in values.items()}
+
+    def stored_values(self, codes: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        """Tensors and codes of the decoder inside, the mean, and the rotation in its stored type."""
+        values, codes = self.inner.stored_values(codes)
+        stored = {f"inner.{name}": value for name, value in values.items()}
+        own = {name: tensor.detach() for name, tensor in self._own_tensors()}
+        if self.trainable and "rotation" in own:
+            dtype = self.rotation_kind["dtype"]
+            if dtype == "int8":
+                scale = own["rotation"].abs().amax(1) / 127
+                levels = own["rotation"] / scale.clamp(min=torch.finfo(torch.float32).tiny)[:, None]
+                own |= {"rotation": levels.round().to(torch.int8), "rotation_scale": scale}
+            else:
+                own["rotation"] = own["rotation"].to(getattr(torch, dtype))
+            _refuse_unstorable(*own.values())
+        return stored | {name.replace("_", "."): tensor for name, tensor in own.items()}, codes
+
+    def _own_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        return itertools.chain(self.named_parameters(recurse=False), self.named_buffers(recurse=False))
+
+    def forward(self, codes: Tensor, ids: Tensor) -> Tensor:
+        """Decode rows; see :meth:`Decoder.forward`."""
+        rows = self.inner(codes, ids)
+        if self.rotation_kind["kind"] == "matrix":
+            matrix = self.rotation.to(rows.dtype)
+            if hasattr(self, "rotation_scale"):
+                matrix = matrix * self.rotation_scale[:, None]
+            rows = rows @ matrix
+        elif self.rotation_kind["kind"] == "hadamard":
+            rows = _turn_back(rows, self.rotation_kind["seed"], self.rotation_kind["rounds"])
+        return rows + self.mean if hasattr(self, "mean") else rows
+
+
+class JoinDecoder(Decoder):
+    """The rows of several decoders, the modules ``parts``, side by side or added."""
+
+    def __init__(self, description: Mapping[str, Any], tensors: Tensors, trainable: bool) -> None:
+        super().__init__(description, {}, trainable)
+        self.mode: str = description["mode"]
+        self.sizes = [row_bytes(part) for part in description["parts"]]
+        parts = enumerate(description["parts"])
+        modules = [FORMS[part["form"]](part, _inner(tensors, f"parts.{n}."), trainable) for n, part in parts]
+        self.parts = nn.ModuleList(modules)
+
+    @staticmethod
+    def real_values(description: Mapping[str, Any], stored: Tensors, codes: Tensor) -> dict[str, Tensor]:
+        """What trains of the parts."""
+        sizes = [row_bytes(part) for part in description["parts"]]
+        values = {}
+        for number, (part, cut) in enumerate(zip(description["parts"], codes.split(sizes, 1), strict=True)):
+            found = FORMS[part["form"]].real_values(part, _inner(stored, f"parts.{number}."), cut)
+            values |= {f"parts.{number}.{name}": value for name, value in found.items()}
+        return values
+
+    def stored_values(self, codes: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        """Tensors and codes of the parts."""
+        stored, pieces = {}, []
+        for number, (part, cut) in enumerate(zip(self.parts, codes.split(self.sizes, 1), strict=True)):
+            values, piece = part.stored_values(cut)
+            stored |= {f"parts.{number}.{name}": value for name, value in values.items()}
+            pieces.append(piece)
+        return stored, torch.cat(pieces, 1)
+
+    def forward(self, codes: Tensor, ids: Tensor) -> Tensor:
+        """Decode rows; see :meth:`Decoder.forward`."""
+        cuts = codes.split(self.sizes, 1)
+        rows = [part(cut, ids) for part, cut in zip(self.parts, cuts, strict=True)]
+        return torch.cat(rows, 1) if self.mode == "columns" else functools.reduce(torch.add, rows)
+
+
+FORMS: dict[str, type[Decoder]] = {
+    "books": BooksDecoder,
+    "levels": LevelsDecoder,
+    "linear": LinearDecoder,
+    "join": JoinDecoder,
+}
+
+
+def _own(tensors: Tensors) -> dict[str, Tensor]:
+    """Those that belong to no decoder inside."""
+    return {name: tensor for name, tensor in tensors.items() if "." not in name}
+
+
+def _inner(tensors: Tensors, prefix: str) -> dict[str, Tensor]:
+    """Those whose names start with the prefix, without it."""
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+def _held_name(name: str) -> str:
+    """A name that torch allows: dots only between modules."""
+    modules = re.match(r"(?:inner\.|parts\.\d+\.)*", name)
+    assert modules is not None
+    return modules[0] + name[modules.end() :].replace(".", "_")
+
+
+@functools.cache
+def _signs(dim: int, seed: int, rounds: int) -> Tensor:
+    return torch.tensor([[random_sign(seed, turn * dim + place) for place in range(dim)] for turn in range(rounds)])
+
+
+def _turn_back(rows: Tensor, seed: int, rounds: int) -> Tensor:
+    """Rounds of signs, then Walsh-Hadamard of the first and of the last 2**k columns; undone from the last one on."""
+    dim = rows.shape[1]
+    size = 1 << (dim.bit_length() - 1)
+    for signs in _signs(dim, seed, rounds).to(rows).flip(0):
+        if size < dim:
+            rows = torch.cat([rows[:, : dim - size], _hadamard(rows[:, dim - size :])], 1)
+        rows = torch.cat([_hadamard(rows[:, :size]), rows[:, size:]], 1) * signs
+    return rows
+
+
+def _hadamard(rows: Tensor) -> Tensor:
+    """Walsh-Hadamard transform of each row, over the root of its length."""
+    n_rows, size = rows.shape
+    half = 1
+    while half < size:
+        low, high = rows.reshape(n_rows, -1, 2, half).unbind(2)
+        rows = torch.stack([low + high, low - high], 2).reshape(n_rows, size)
+        half *= 2
+    return rows * (1.0 / math.sqrt(size))
 
 
 def decoder_from_parts(
@@ -269,7 +422,7 @@ def decoder_from_parts(
     form = FORMS.get(description["form"])
     if form is None:
         raise ValueError(f"torch cannot read the decoder form {description['form']!r}: it knows {sorted(FORMS)}")
-    held = {name.replace(".", "_"): tensor for name, tensor in tensors.items()}  # torch allows no dots in names
+    held = {_held_name(name): tensor for name, tensor in tensors.items()}
     if trainable:
         held = form.real_values(description, held, codes)
     return form(description, held, trainable)

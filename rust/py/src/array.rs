@@ -135,6 +135,8 @@ fn to_value(name: &str, value: &Bound<'_, PyAny>) -> PyResult<Value> {
         Ok(number.into())
     } else if let Ok(text) = value.extract::<String>() {
         Ok(text.into())
+    } else if value.hasattr("items")? {
+        Ok(Value::Object(to_json(&value)?))
     } else {
         let found = value.get_type().name()?.to_string();
         Err(PyTypeError::new_err(format!("{name} is of type {found}, expected a number, a string or a bool")))

@@ -213,7 +213,7 @@ impl Codec {
     }
 
     fn books<'py>(&self, py: Python<'py>) -> PyResult<Vec<Bound<'py, PyArray2<f32>>>> {
-        match self.codec.decoder() {
+        match self.codec.decoder().first() {
             Decoder::Books(books) => {
                 books.books().into_iter().map(|(_, width, entries)| rows(py, entries, width)).collect()
             }

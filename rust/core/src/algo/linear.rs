@@ -38,7 +38,8 @@ impl Projection {
     pub fn apply(&self, rows: Columns, out: &mut [f32]) {
         assert_eq!(rows.width(), self.width, "columns of the rows and of the vectors");
         let (x, stride) = rows.values();
-        let task = Products { width: self.width, x, stride, rows: rows.rows(), centers: &self.panels, count: self.count };
+        let task =
+            Products { width: self.width, x, stride, rows: rows.rows(), centers: &self.panels, count: self.count };
         (self.kernels.dots)(&task, out);
     }
 

@@ -257,7 +257,9 @@ fn store(matrix: &[f32], dim: usize, dtype: MatrixDtype) -> Result<Vec<Tensor>> 
     }
     let (mut levels, mut scales) = (Vec::with_capacity(matrix.len()), Vec::new());
     for row in matrix.chunks(dim) {
+        // Of few digits, so that 127 of it is exact and the scale is found again from the values.
         let scale = row.iter().fold(0f32, |m, v| m.max(v.abs())) / 127.0;
+        let scale = f32::from_bits((scale.to_bits() + 0xfff) & !0xfff);
         let by = if scale > 0.0 { 1.0 / scale } else { 0.0 };
         levels.extend(row.iter().map(|value| (value * by).round_ties_even().clamp(-127.0, 127.0) as i8 as u8));
         scales.push(scale);

@@ -134,6 +134,15 @@ impl Decoder {
         }
     }
 
+    /// The decoder behind the mean and rotation, and before what codes the rest.
+    pub fn first(&self) -> &Decoder {
+        match self {
+            Decoder::Linear(linear) => linear.inner().first(),
+            Decoder::Join(join) => join.parts()[0].first(),
+            other => other,
+        }
+    }
+
     /// The form's name.
     pub fn form(&self) -> &'static str {
         self.get().name()
@@ -223,10 +232,14 @@ fn inner_tensors(tensors: &[Tensor], prefix: &str) -> Vec<Tensor> {
 
 /// A decoder's tensors with the prefix before their names.
 fn outer_tensors(decoder: &Decoder, prefix: &str) -> Vec<Tensor> {
-    decoder.tensors().into_iter().map(|tensor| {
-        let name = format!("{prefix}{}", tensor.name);
-        tensor.renamed(name)
-    }).collect()
+    decoder
+        .tensors()
+        .into_iter()
+        .map(|tensor| {
+            let name = format!("{prefix}{}", tensor.name);
+            tensor.renamed(name)
+        })
+        .collect()
 }
 
 fn parse<T: DeserializeOwned>(value: Value) -> Result<T> {

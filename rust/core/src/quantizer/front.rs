@@ -8,6 +8,7 @@ use crate::error::{Error, Result};
 use crate::kernels::Ids;
 use crate::matrix::{Matrix, Sample};
 use crate::pool::Context;
+use crate::rng::mix;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 use std::sync::Arc;
@@ -71,6 +72,11 @@ impl Front {
     }
 }
 
+/// A seed that JSON's numbers hold everywhere, always of 16 digits so that files are as large as estimated.
+fn short(seed: u64) -> u64 {
+    1 << 51 | mix(seed) >> 13
+}
+
 /// A quantizer with what stands before and behind it.
 pub struct Fronted<Q> {
     front: Front,
@@ -108,7 +114,7 @@ impl<Q: Quantizer> Fronted<Q> {
         let mean = mean.as_deref();
         let (rotation, matrix) = match self.rotation() {
             None | Some(Turning::Auto) => (Rotation::None {}, None),
-            Some(Turning::Random) => (Rotation::Hadamard { seed: ctx.seed >> 12, rounds: ROUNDS }, None),
+            Some(Turning::Random) => (Rotation::Hadamard { seed: short(ctx.seed), rounds: ROUNDS }, None),
             Some(Turning::Dense) => (self.stored(), Some(linear::random_rotation(dim, ctx.seed, ctx)?)),
             Some(turning) => {
                 ctx.stage("rotation", 0);
@@ -138,7 +144,7 @@ impl<Q: Quantizer> Fronted<Q> {
         let mean = self.front.center.then_some(&mean[..]);
         let (rotation, width) = match self.rotation() {
             None | Some(Turning::Auto) => (Rotation::None {}, 0),
-            Some(Turning::Random) => (Rotation::Hadamard { seed: u64::MAX >> 12, rounds: ROUNDS }, 0),
+            Some(Turning::Random) => (Rotation::Hadamard { seed: short(0), rounds: ROUNDS }, 0),
             Some(Turning::Dense | Turning::Learned) => (self.stored(), dim),
             Some(Turning::Pca) => (self.stored(), self.quantizer.columns(dim)),
         };

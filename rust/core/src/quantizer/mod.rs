@@ -16,9 +16,9 @@ use crate::error::{Error, Result};
 use crate::kernels::Ids;
 use crate::matrix::{check_weights, Matrix, Sample};
 use crate::pool::Context;
+use front::{Front, Fronted, Turning};
 use serde::de::DeserializeOwned;
 use serde::Serialize;
-use front::{Front, Fronted, Turning};
 use serde_json::{Map, Value};
 use std::sync::Arc;
 
