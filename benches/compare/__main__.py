@@ -53,6 +53,8 @@ def compare_kmeans(options: argparse.Namespace) -> None:
 def compare_rates(options: argparse.Namespace) -> None:
     """Runs what has no raw line yet."""
     set_up(options.threads)
+    import vqrs
+
     from . import datasets, rates
 
     for name in options.dataset:
@@ -60,7 +62,9 @@ def compare_rates(options: argparse.Namespace) -> None:
         if x is None:
             print(f"{name}: not at hand in {datasets.folder()}")
             continue
-        for record in rates.run_peers(name, x):
+        kinds = options.kind if options.kind != ["all"] else [kind["name"] for kind in vqrs.kinds()]
+        runs = rates.run_peers(name, x) if options.side == "peers" else rates.run_ours(name, x, kinds)
+        for record in runs:
             rates.keep(record)
             print(rates.line(record), flush=True)
 
@@ -114,6 +118,8 @@ def main() -> None:
         command.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="threads of every library")
     rates = commands.add_parser("rates", help="error against bytes of all kinds and peers, 0.5 to 8 bits a value")
     rates.add_argument("--dataset", nargs="+", default=["glove", "minilm", "sift", "scifact", "gowalla"])
+    rates.add_argument("--side", choices=["ours", "peers"], default="ours")
+    rates.add_argument("--kind", nargs="+", default=["all"], help="of ours")
     rates.add_argument("--threads", type=int, default=1, help="threads of every library")
     rates.set_defaults(do=compare_rates)
     speed = commands.add_parser("speed", help="times beside those of torch, numpy, Faiss, scikit-learn, nanopq")

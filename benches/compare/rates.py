@@ -9,7 +9,7 @@ import json
 import multiprocessing
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,12 @@ from .surroundings import RESULTS, processor, surroundings
 FILE = RESULTS / "rates.jsonl"
 RATES = (0.5, 1, 1.25, 1.5, 2, 2.25, 3, 4, 6, 8)
 """Bits a value, everything counted."""
+
+SPEED_RATE = 2
+"""The rate whose fits are timed."""
+
+SPEED_VALUES = 1 << 21
+"""Values that are encoded and decoded to take the time, at most."""
 
 PEER_SLACK = 1.01
 TRAIN_ROWS = 65_536
@@ -95,7 +101,50 @@ def run_peers(dataset: str, x: NDArray[np.float32]) -> Iterator[dict[str, Any]]:
         record = {"dataset": dataset, "library": method.library, "settings": method.settings}
         if key(record) not in done:
             done.add(key(record))
-            yield record | {"side": "peer", **_about(x), **_within_time(method, x)}
+            yield record | {"side": "peer", **_about(x), **_within_time(_try_peer, method, x)}
+
+
+def run_ours(dataset: str, x: NDArray[np.float32], kinds: list[str]) -> Iterator[dict[str, Any]]:
+    """One record a kind and rate that has none yet; the rates that matter most come first."""
+    done = {key(record) for record in read()}
+    for rate in sorted(RATES, key=lambda rate: (rate not in (0.5, 1, 2, 4, 8), rate)):
+        for kind in kinds:
+            record = {"dataset": dataset, "library": "vqrs", "settings": {"kind": kind, "rate": rate}}
+            if key(record) not in done:
+                yield record | {"side": "ours", **_about(x), **_within_time(_try_ours, kind, rate, x)}
+
+
+def _try_ours(kind: str, rate: float, x: NDArray[np.float32]) -> dict[str, Any]:
+    """The best of a kind within a rate, as ``vqrs.compress`` would find it, without what takes it too long."""
+    from vqrs._encode import table_from_codes
+    from vqrs._ladders import families_for
+    from vqrs._search import EFFORTS, Search
+
+    effort = EFFORTS["balanced"]._replace(finalists=1)
+    families = [f for f in families_for(None, {}, *x.shape, effort.level) if f.ladders[0].kind == kind]
+    fitted = Search(x, None, 0, None, None, effort).least_error(families, int(rate * x.size / 8)) if families else None
+    if fitted is None:
+        return {"refused": "nothing is as small"}
+    table = table_from_codes(fitted.codec, x, fitted.codes)
+    found = {
+        "parameters": fitted.candidate.parameters,
+        "nbytes": table.nbytes,
+        "bits_per_value": 8 * table.nbytes / x.size,
+        "relative_error": table.relative_error,
+        "gaussian_bound": table.info()["errors"].get("gaussian_bound"),
+    }
+    rows = x[: max(1, SPEED_VALUES // x.shape[1])]
+    for name, job in (
+        ("fit", lambda: Search(x, None, 0, None, None, effort).fit(fitted.candidate)),
+        ("encode", lambda: fitted.codec.encode(rows)),
+        ("decode", lambda: fitted.codec.decode(fitted.codes[: len(rows)])),
+    ):
+        if name == "fit" and rate != SPEED_RATE:
+            continue
+        begin = time.process_time()
+        job()
+        found[f"{name}_cpu_s"] = time.process_time() - begin
+    return found | {"speed_values": rows.size}
 
 
 def key(record: dict[str, Any]) -> str:
@@ -132,11 +181,11 @@ def _about(x: NDArray[np.float32]) -> dict[str, Any]:
     return shared | {"machine": processor(), "n_rows": len(x), "n_features": x.shape[1]}
 
 
-def _within_time(method: Method, x: NDArray[np.float32]) -> dict[str, Any]:
+def _within_time(job: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, Any]:
     """What was measured, by a child that is ended when it takes too long: the peers cannot be interrupted."""
     context = multiprocessing.get_context("fork")
     receiver, sender = context.Pipe(duplex=False)
-    child = context.Process(target=_measure_into, args=(sender, method, x))
+    child = context.Process(target=_send, args=(sender, job, arguments))
     begin = time.perf_counter()
     child.start()
     found = receiver.recv() if receiver.poll(SECONDS) else {"given_up_after_s": SECONDS}
@@ -146,12 +195,21 @@ def _within_time(method: Method, x: NDArray[np.float32]) -> dict[str, Any]:
     return found | {"seconds": round(time.perf_counter() - begin, 3)}
 
 
-def _measure_into(sender: Any, method: Any, x: NDArray[np.float32]) -> None:
+def _send(sender: Any, job: Callable[..., dict[str, Any]], arguments: tuple[Any, ...]) -> None:
     try:
-        method.train_rows, method.value_bytes = TRAIN_ROWS, 2
-        found = measure(method, x)
-        method.value_bytes = 4
-        found |= {"nbytes_as_stored": method.nbytes(len(x)), "bits_per_value": 8 * found["nbytes"] / x.size}
-    except Exception as error:  # A setting that a peer refuses is a result too.
+        found = job(*arguments)
+    except Exception as error:  # What is refused is a result too.
         found = {"refused": f"{type(error).__name__}: {error}"[:200]}
     sender.send(found)
+
+
+def _try_peer(method: Any, x: NDArray[np.float32]) -> dict[str, Any]:
+    method.train_rows, method.value_bytes = TRAIN_ROWS, 2
+    found = measure(method, x)
+    method.value_bytes = 4
+    stored = method.nbytes(len(x))
+    return found | {
+        "nbytes_as_stored": stored,
+        "bits_per_value": 8 * found["nbytes"] / x.size,
+        "speed_values": x.size,
+    }

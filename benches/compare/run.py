@@ -64,15 +64,17 @@ def relative_error(x: NDArray[np.float32], decoded: NDArray[np.float32]) -> floa
 
 
 def measure(method: Method, x: NDArray[np.float32]) -> dict[str, Any]:
-    """Fits, encodes and decodes once; seconds of each."""
-    times = [time.perf_counter()]
+    """Fits, encodes and decodes once; seconds of each, and those of all cores together, which other work on the machine
+    changes less.
+    """
+    times = [_now()]
     method.fit(x)
-    times.append(time.perf_counter())
+    times.append(_now())
     codes = method.encode(x)
-    times.append(time.perf_counter())
+    times.append(_now())
     decoded = method.decode(codes)
-    times.append(time.perf_counter())
-    fit_s, encode_s, decode_s = np.diff(times).tolist()
+    times.append(_now())
+    (fit_s, fit_cpu_s), (encode_s, encode_cpu_s), (decode_s, decode_cpu_s) = np.diff(times, axis=0).tolist()
     return {
         "library": method.library,
         "settings": method.settings,
@@ -81,7 +83,14 @@ def measure(method: Method, x: NDArray[np.float32]) -> dict[str, Any]:
         "fit_s": fit_s,
         "encode_s": encode_s,
         "decode_s": decode_s,
+        "fit_cpu_s": fit_cpu_s,
+        "encode_cpu_s": encode_cpu_s,
+        "decode_cpu_s": decode_cpu_s,
     }
+
+
+def _now() -> tuple[float, float]:
+    return time.perf_counter(), time.process_time()
 
 
 def run_errors(dataset: str, x: NDArray[np.float32], threads: int, repeat: int) -> Iterator[dict[str, Any]]:
