@@ -82,6 +82,12 @@ def show(options: argparse.Namespace) -> None:
     from .speed import document
     from .surroundings import RESULTS
 
+    if [str(file) for file in options.file] == ["rates"]:
+        from . import rates_report
+
+        rates_report.write()
+        print(rates_report.summary([record for record in rates_report.read() if "relative_error" in record]))
+        return
     files = options.file or sorted(RESULTS.glob("speed-*[0-9].jsonl"))[-1:]
     if not files:
         raise SystemExit(f"nothing in {RESULTS}: run python -m benches.compare speed first")
@@ -132,7 +138,7 @@ def main() -> None:
     speed.add_argument("--name", help=argparse.SUPPRESS)
     speed.set_defaults(do=measure_speed)
     again = commands.add_parser("report", help="print and plot results")
-    again.add_argument("file", type=Path, nargs="*", help="by default the newest whole run of speed")
+    again.add_argument("file", type=Path, nargs="*", help="by default the newest whole run of speed; or: rates")
     again.set_defaults(do=show)
     options = parser.parse_args()
     options.do(options)
