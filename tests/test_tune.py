@@ -257,7 +257,7 @@ def test_steps_grow(kind, effort):
 def test_variants_that_a_kind_refuses_are_left_out(monkeypatch):
     variants = [Variant({}), Variant({"no_such_parameter": 1}), Variant({"codebook_dtype": "no_such_type"})]
     monkeypatch.setitem(
-        _ladders.RATES, "product", Rates("n_subvectors", lambda n, d: range(1, d + 1), lambda n, d: variants)
+        _ladders.RATES, "product", Rates("n_subvectors", lambda n, d, _: range(1, d + 1), lambda n, d: variants)
     )
     families = families_for("product", {}, 1000, 8)
     assert [family.ladders[0].fixed for family in families] == [{}]

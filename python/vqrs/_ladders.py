@@ -70,8 +70,8 @@ class Rates(NamedTuple):
     """How the parameters of a kind are searched."""
 
     rate: str
-    values: Callable[[int, int], Sequence[Any]]
-    """Of (n_rows, dim), from small to large tables."""
+    values: Callable[[int, int, Mapping[str, Any]], Sequence[Any]]
+    """Of (n_rows, dim, the variant), from small to large tables."""
     variants: Callable[[int, int], list[Variant]] = lambda n_rows, dim: [Variant({})]
     """Other parameters. Those that the kind does not have or refuses are left out."""
     bits: Sequence[int] = ()
@@ -90,24 +90,40 @@ MOST_WORK = (20.0, 60.0, float("inf"))
 """Full fits that would take longer, by the formulas above, are left out; of each effort."""
 
 
-def _divided(n_rows: int, dim: int) -> Sequence[int]:
+def _divided(n_rows: int, dim: int, variant: Mapping[str, Any]) -> Sequence[int]:
     return range(1, dim + 1)
 
 
-def _stages(n_rows: int, dim: int) -> Sequence[int]:
+def _stages(n_rows: int, dim: int, variant: Mapping[str, Any]) -> Sequence[int]:
     return range(1, min(64, max(8, dim)) + 1)
 
 
-def _blocks(n_rows: int, dim: int) -> list[Variant]:
+def _listed(*values: Any) -> Callable[[int, int, Mapping[str, Any]], Sequence[Any]]:
+    return lambda n_rows, dim, variant: values
+
+
+def _variants(*variants: tuple[int, dict[str, Any]]) -> Callable[[int, int], list[Variant]]:
+    return lambda n_rows, dim: [Variant(parameters, effort) for effort, parameters in variants]
+
+
+def _scales(n_rows: int, dim: int) -> list[Variant]:
+    sizes = [size for size in (32, 64, 128) if size < dim]
+    blocks = [{"granularity": "block", "block_size": size} for size in sizes]
     return [
         Variant({"granularity": "row"}),
         Variant({"granularity": "column"}),
-        *(Variant({"granularity": "block", "block_size": size}) for size in (32, 64, 128) if size < dim),
+        *map(Variant, blocks),
+        Variant({"granularity": "row", "symmetric": True, "center": True, "rotation": "random"}, BALANCED),
+        *(Variant({"dtype": "nf4"} | block, BALANCED) for block in [{"granularity": "row"}, *blocks]),
+        *(Variant({"dtype": "free4"} | block, BALANCED) for block in [{"granularity": "row"}, *blocks]),
+        *(Variant({"symmetric": True, "scale_dtype": "float8"} | block, BALANCED) for block in blocks),
     ]
 
 
-def _books(*variants: tuple[dict[str, Any], int]) -> Callable[[int, int], list[Variant]]:
-    return lambda n_rows, dim: [Variant({}), *(Variant(*variant) for variant in variants)]
+def _trellis_rates(n_rows: int, dim: int, variant: Mapping[str, Any]) -> Sequence[float]:
+    if variant.get("bit_allocation") != "variance":
+        return [1, 2, 3, 4]
+    return [step / 32 for step in range(4, 32 * 8 + 1)]
 
 
 def _beam_work(n_rows: int, dim: int, p: Mapping[str, Any]) -> float:
@@ -115,30 +131,28 @@ def _beam_work(n_rows: int, dim: int, p: Mapping[str, Any]) -> float:
     return 3e-10 * n_rows * entries * (p["beam_width"] + dim) * (1 + p.get("n_refinements", 0))
 
 
+_ENTRIES = _variants((FAST, {}), (BALANCED, {"codebook_dtype": "int8"}))
+_TURNED = _variants((BALANCED, {}), (BALANCED, {"codebook_dtype": "int8", "rotation_dtype": "int8"}))
+
 RATES = {
-    "scalar": Rates("dtype", lambda n_rows, dim: ["int2", "int4", "int8", "float16"], _blocks),
-    "product": Rates("n_subvectors", _divided, _books(({"codebook_dtype": "int8"}, BALANCED)), (4, 6, 8, 10, 12)),
+    "scalar": Rates("dtype", _listed("int2", "int3", "int4", "int5", "int6", "int8", "float16"), _scales),
+    "rotated": Rates("n_bits", _listed(*range(1, 9)), _variants((FAST, {}), (BALANCED, {"scale_dtype": "float8"}))),
+    "product": Rates("n_subvectors", _divided, _ENTRIES, (4, 5, 6, 7, 8, 10, 12)),
     # Codebooks are padded to a power of two, so nothing between two of them is smaller than the larger.
-    "kmeans": Rates("n_clusters", lambda n_rows, dim: [1 << b for b in range(1, 17) if 1 << b < 2 * n_rows]),
-    "residual": Rates(
-        "n_stages",
-        _stages,
-        _books(({"codebook_dtype": "int8"}, BALANCED)),
-        (4, 6, 8, 10),
-        stagewise=True,
-        work=_beam_work,
-    ),
+    "kmeans": Rates("n_clusters", lambda n_rows, dim, _: [1 << b for b in range(1, 17) if 1 << b < 2 * n_rows]),
+    "optimized-product": Rates("n_subvectors", _divided, _TURNED, (4, 6, 8, 10)),
+    "residual": Rates("n_stages", _stages, _ENTRIES, (4, 6, 8, 10), stagewise=True, work=_beam_work),
 }
 """How each kind is searched, from the cheapest to the dearest to try; :func:`_guessed` serves those without a line."""
 
-_GUESSES: dict[str, Callable[[int, int], Sequence[Any]]] = {
+_GUESSES: dict[str, Callable[[int, int, Mapping[str, Any]], Sequence[Any]]] = {
     "n_subvectors": _divided,
     "n_stages": _stages,
     "n_codebooks": _stages,
     "n_components": _divided,
-    "n_bits": lambda n_rows, dim: range(1, 9),
-    "depth": lambda n_rows, dim: range(1, 5),
-    "dtype": lambda n_rows, dim: ["int2", "int4", "int8", "float16"],
+    "n_bits": _listed(*range(1, 9)),
+    "depth": _listed(1, 2, 3, 4),
+    "dtype": _listed("int2", "int4", "int8", "float16"),
 }
 """Parameters that are a rate wherever a kind has them, the likeliest first."""
 
@@ -174,8 +188,13 @@ def _families_of(
         return
     variants = [v.parameters for v in rates.variants(*shape) if v.effort <= effort]
     agreeing = [v for v in variants if all(parameters.get(name, v[name]) == v[name] for name in v)]
-    for variant in agreeing or [{}]:
+    # What the user fixed may be in none of the variants; what the effort leaves out stays out.
+    for variant in agreeing or ([{}] if parameters else []):
         fixed = variant | parameters
+        if rates.rate in parameters:
+            # What is wrong with the user's parameters comes to light when they are used.
+            yield Family([Ladder(kind, fixed, None, [None], shape)], 0)
+            continue
         bits = [] if "n_bits" in parameters else [b for b in rates.bits if b <= 8 or shape[0] >= ROWS_PER_CENTROID << b]
         ladders = [
             ladder
@@ -195,26 +214,24 @@ def _ladder(
     defaults: dict[str, Any],
 ) -> Ladder:
     """The steps of a ladder that the kind accepts and that are not too much work."""
-    if rates.rate in fixed:
-        # Parameters of the user: what is wrong with them comes to light when they are used.
-        return Ladder(kind, fixed, None, [None], shape)
-    values = rates.values(*shape)
-    ladder = Ladder(kind, fixed, rates.rate, values, shape, rates.stagewise)
+    values = [None] if rates.rate in fixed else rates.values(*shape, fixed)
+    rate = None if rates.rate in fixed else rates.rate
+    ladder = Ladder(kind, fixed, rate, values, shape, rates.stagewise)
+    if not set(fixed) <= set(defaults):
+        return Ladder(kind, fixed, rate, [], shape)
 
     def refused(step: int) -> bool:
+        parameters = defaults | fixed | ({} if rate is None else {rate: values[step]})
         try:
-            parameters = fixed | {rates.rate: values[step]}
-            return rates.work(*shape, defaults | parameters) > most_work or ladder[step].nbytes <= 0
+            return rates.work(*shape, parameters) > most_work or ladder[step].nbytes <= 0
         except ValueError:
             return True
 
-    if not set(fixed) <= set(defaults) or not values:
-        return Ladder(kind, fixed, rates.rate, [], shape)
-    if isinstance(values[0], str):
-        accepted: Sequence[Any] = [value for step, value in enumerate(values) if not refused(step)]
+    if len(values) < 20:
+        accepted = [value for step, value in enumerate(values) if not refused(step)]
     else:
-        accepted = values[: bisect.bisect_left(range(len(values)), True, key=refused)]
-    return Ladder(kind, fixed, rates.rate, accepted, shape, rates.stagewise)
+        accepted = list(values[: bisect.bisect_left(range(len(values)), True, key=refused)])
+    return Ladder(kind, fixed, rate, accepted, shape, rates.stagewise)
 
 
 def _guessed(defaults: dict[str, Any]) -> Rates | None:
