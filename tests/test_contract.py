@@ -38,6 +38,14 @@ PARAMETERS = {
         {"n_subvectors": 2, "n_bits": 3, "rotation": "dense", "rotation_dtype": "float32"},
         {"n_subvectors": 2, "n_bits": 3, "center": True, "rotation": "pca", "rotation_dtype": "int8"},
     ],
+    "optimized-product": [
+        {"n_subvectors": 3, "n_bits": 3},
+        {"n_subvectors": 2, "n_bits": 4, "rotation": "auto", "rotation_dtype": "float32"},
+    ],
+    "low-rank": [
+        {"n_components": 3},
+        {"n_components": 2, "dtype": "int4", "rotation_dtype": "float32", "granularity": "row"},
+    ],
     "residual": [
         {"n_stages": 3, "n_bits": 3, "beam_width": 4},
         {"n_stages": 2, "n_bits": 5, "beam_width": 1, "n_refinements": 0, "codebook_dtype": "float32"},
@@ -61,12 +69,18 @@ PARAMETERS = {
 RATES = {
     "kmeans": [{"n_clusters": n} for n in (2, 4, 8, 16, 32)],
     "product": [{"n_subvectors": 2, "n_bits": bits} for bits in (1, 2, 3, 4, 5)],
+    "optimized-product": [{"n_subvectors": 2, "n_bits": bits} for bits in (1, 2, 3, 4, 5)],
+    "low-rank": [{"n_components": n} for n in (1, 2, 3, 4, 5)],
     "residual": [{"n_stages": stages, "n_bits": 2} for stages in (1, 2, 3, 4)],
     "scalar": [{"dtype": dtype} for dtype in ("int2", "int4", "int8", "float16")],
 }
 """Parameters of growing rate: the error must not grow."""
 
 EXEMPT = [
+    ("permutation", "optimized-product", {}, "rows to learn from are drawn by their position"),
+    ("permutation", "low-rank", {}, "sums over rows in another order give other last bits of the components"),
+    ("fixed point", "low-rank", {}, "turning there and back rounds"),
+    ("doubling", "low-rank", {"granularity": "row"}, "scales that live in rows are no tensors"),
     ("reference", "scalar", {"residual": PRODUCT_BEHIND}, "each part is judged where it stands alone"),
     ("permutation", "scalar", {"residual": PRODUCT_BEHIND}, "seeding draws rows by their position"),
     ("doubling", "scalar", {"residual": PRODUCT_BEHIND}, "scales that live in rows are no tensors"),
@@ -87,6 +101,7 @@ EXEMPT = [
 REFERENCE_ENCODERS = {
     "kmeans": lambda x, codec: reference.encode_kmeans(x, codec.books()[0])[:, None],
     "product": lambda x, codec: reference.encode_product(x, codec.books()),
+    "optimized-product": lambda x, codec: reference.encode_product(x, codec.books()),
     "residual": lambda x, codec: reference.encode_residual(x, codec.books(), codec.parameters["beam_width"]),
 }
 """Encoders of the form "books", from rows and codec to fields; for kinds without a line see greedy."""

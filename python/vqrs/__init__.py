@@ -26,10 +26,19 @@ from vqrs.table import Table, open
 
 if TYPE_CHECKING:
     from vqrs.cluster import KMeans
-    from vqrs.quantizers import ProductQuantizer, ResidualQuantizer, ScalarQuantizer, VectorQuantizer
+    from vqrs.quantizers import (
+        LowRankQuantizer,
+        OptimizedProductQuantizer,
+        ProductQuantizer,
+        ResidualQuantizer,
+        ScalarQuantizer,
+        VectorQuantizer,
+    )
 
 _LAZY = {
     "KMeans": "cluster",
+    "LowRankQuantizer": "quantizers",
+    "OptimizedProductQuantizer": "quantizers",
     "ProductQuantizer": "quantizers",
     "ResidualQuantizer": "quantizers",
     "ScalarQuantizer": "quantizers",
@@ -40,6 +49,8 @@ _LAZY = {
 __all__ = [
     "InternalError",
     "KMeans",
+    "LowRankQuantizer",
+    "OptimizedProductQuantizer",
     "ProductQuantizer",
     "ResidualQuantizer",
     "ScalarQuantizer",

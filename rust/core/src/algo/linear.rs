@@ -28,6 +28,20 @@ impl Projection {
         Projection { kernels, panels, width, count: vectors.len() / width }
     }
 
+    /// Packs columns: each is a vector of as many values as there are rows.
+    fn of_columns(x: Columns) -> Self {
+        let kernels = kernels::best();
+        let lanes = kernels.panel_centers;
+        let mut panels = vec![0f32; x.width().next_multiple_of(lanes) * x.rows()];
+        for (panel, start) in panels.chunks_mut(lanes * x.rows()).zip((0..x.width()).step_by(lanes)) {
+            for (row, out) in panel.chunks_mut(lanes).enumerate() {
+                let values = &x.row(row)[start..x.width().min(start + lanes)];
+                out[..values.len()].copy_from_slice(values);
+            }
+        }
+        Projection { kernels, panels, width: x.rows(), count: x.width() }
+    }
+
     /// Number of vectors.
     pub fn count(&self) -> usize {
         self.count
@@ -158,9 +172,8 @@ pub fn cross_moments(x: Columns, y: Columns, weights: Option<&[f64]>, ctx: &Cont
             ctx.check()?;
             let rows = block * ROWS..x.rows().min((block + 1) * ROWS);
             let left = transposed(x.block(rows.clone()), weights.map(|w| &w[rows.clone()]));
-            let right = transposed(y.block(rows.clone()), None);
-            let projection = Projection::new(&right, rows.len());
-            projection.apply(Columns::contiguous(&left, rows.len()), &mut products);
+            let right = Projection::of_columns(y.block(rows.clone()));
+            right.apply(Columns::contiguous(&left, rows.len()), &mut products);
             sums.iter_mut().zip(&products).for_each(|(sum, value)| *sum += f64::from(*value));
         }
         Ok(sums)
@@ -174,12 +187,19 @@ pub fn cross_moments(x: Columns, y: Columns, weights: Option<&[f64]>, ctx: &Cont
 
 /// Columns one after the other, each value times its row's weight.
 fn transposed(x: Columns, weights: Option<&[f64]>) -> Vec<f32> {
+    /// Rows and columns that are turned over together: their cache lines are read and written whole.
+    const TILE: usize = 16;
     let count = x.rows();
     let mut out = vec![0f32; x.width() * count];
-    for row in 0..count {
-        let weight = weights.map_or(1.0, |w| w[row] as f32);
-        for (column, value) in x.row(row).iter().enumerate() {
-            out[column * count + row] = value * weight;
+    for first in (0..count).step_by(TILE) {
+        for start in (0..x.width()).step_by(TILE) {
+            let end = x.width().min(start + TILE);
+            for row in first..count.min(first + TILE) {
+                let weight = weights.map_or(1.0, |w| w[row] as f32);
+                for (column, value) in (start..end).zip(&x.row(row)[start..end]) {
+                    out[column * count + row] = value * weight;
+                }
+            }
         }
     }
     out

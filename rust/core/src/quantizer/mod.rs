@@ -5,6 +5,8 @@
 
 mod front;
 mod kmeans;
+mod low_rank;
+mod optimized_product;
 mod product;
 mod residual;
 mod scalar;
@@ -26,8 +28,10 @@ use std::sync::Arc;
 pub const KINDS: &[Kind] = &[
     kind::<kmeans::VectorQuantizer>(),
     kind::<product::ProductQuantizer>(),
+    kind::<optimized_product::OptimizedProductQuantizer>(),
     kind::<residual::ResidualQuantizer>(),
     kind::<scalar::ScalarQuantizer>(),
+    kind::<low_rank::LowRankQuantizer>(),
 ];
 
 /// Rows that are encoded at a time; also the unit of parallel work.

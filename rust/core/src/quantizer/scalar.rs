@@ -215,6 +215,11 @@ fn factor(largest: f32) -> f32 {
 }
 
 impl ScalarQuantizer {
+    /// The defaults, but for scales by column.
+    pub(super) fn by_column() -> Self {
+        ScalarQuantizer { granularity: Granularity::Column, ..Default::default() }
+    }
+
     fn spec(&self, dim: usize) -> LevelsSpec {
         LevelsSpec {
             dim,
