@@ -6,3 +6,4 @@ pub mod linear;
 pub mod nearest;
 mod progressive;
 mod seeding;
+pub mod trellis;

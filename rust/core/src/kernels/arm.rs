@@ -2,8 +2,8 @@
 //! to be switched on.
 
 use super::scalar;
-use super::simd::{self, Pack, Simd, Task, Widen};
-use super::{Bags, BooksView, Extension, Kernels, LevelsView, Output, Panels, Products, Rows};
+use super::simd::{self, Pack, Simd, Task, Trace, Widen};
+use super::{Bags, BooksView, Extension, Kernels, LevelsView, Output, Panels, Products, Rows, Sweep, TrellisView};
 use std::arch::aarch64::*;
 
 /// The tables that this CPU can run.
@@ -27,6 +27,8 @@ static NEON: Kernels = Kernels {
     dots,
     distances,
     extend,
+    decode_trellis,
+    sweep,
     quantize: scalar::quantize,
     grid_error: scalar::grid_error,
     axpy,
@@ -54,6 +56,8 @@ shell!(fn nearest(task: &Panels, labels: &mut [u32], best: &mut [f32], second: &
 shell!(fn dots(task: &Products, out: &mut [f32]) = simd::products::<Four, 4, 6, false>);
 shell!(fn distances(task: &Products, out: &mut [f32]) = simd::products::<Four, 4, 4, true>);
 shell!(fn extend(task: &Extension, scores: &mut [f32], paths: &mut [u16]) = simd::extend::<Four, 8, 4>);
+shell!(fn decode_trellis(view: &TrellisView, rows: &Rows, out: &mut [f32]) = simd::decode_trellis::<Four>);
+shell!(fn sweep(task: &Sweep, costs: &mut [f32], least: &mut [f32], back: &mut [u8]) = simd::sweep::<Four>);
 shell!(fn axpy(out: &mut [f32], x: &[f32], weight: f32) = simd::axpy::<Four>);
 shell!(fn fma_peak(rounds: usize) -> f32 = simd::fma_peak::<Four, 24>);
 shell!(fn to_f16(x: &[f32], out: &mut [u16]) = simd::to_f16::<Four>);
@@ -184,6 +188,26 @@ impl Widen for Four {
     fn fence() {}
     #[inline(always)]
     fn prefetch(_: *const u8) {}
+}
+
+impl Trace for Four {
+    #[inline(always)]
+    unsafe fn store_bytes(self, to: *mut u8) {
+        let mut lanes = [0.0; 4];
+        // SAFETY: the array holds a vector; the caller has room for four bytes.
+        unsafe {
+            self.store(lanes.as_mut_ptr());
+            to.cast::<[u8; 4]>().write_unaligned(lanes.map(|lane: f32| lane.to_bits() as u8));
+        }
+    }
+    #[inline(always)]
+    unsafe fn repeat<const K: u32>(from: *const f32) -> Self {
+        // SAFETY: the caller has a vector from the place.
+        unsafe {
+            let numbers = vld1q_f32(from);
+            Four(if K == 0 { numbers } else { vzip1q_f32(numbers, numbers) })
+        }
+    }
 }
 
 impl Pack for Four {

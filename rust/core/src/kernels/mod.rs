@@ -324,6 +324,72 @@ impl LevelsView<'_> {
     }
 }
 
+/// Where the window of a column starts in the stream of a row, and which table has its levels.
+#[derive(Clone, Copy, Debug)]
+pub struct Place {
+    /// The byte of its first bit; unused where windows wrap.
+    pub byte: u32,
+    /// The bit of that byte; where windows wrap, the bit counted from the first one of the last whole window.
+    pub shift: u32,
+    /// The first level of its table.
+    pub table: u32,
+}
+
+/// Rows of trellis codes: a circular stream of bits, padded to a whole byte together with the number of a scale behind it.
+/// The window of `state_bits` bits from a column's place on picks a level; value = level * column's scale * row's scale.
+#[derive(Clone, Copy, Debug)]
+pub struct TrellisView<'a> {
+    /// Values in a row.
+    pub dim: usize,
+    /// Bytes of a row's code.
+    pub row_bytes: usize,
+    /// Bits of the stream.
+    pub bits: u32,
+    /// Bits of a window, up to 16.
+    pub state_bits: u32,
+    /// Bits of the number of the row's scale.
+    pub scale_bits: u32,
+    /// Places of the columns.
+    pub places: &'a [Place],
+    /// So many columns at the end have windows that wrap.
+    pub wrapped: usize,
+    /// Tables of 2^state_bits levels, one after the other.
+    pub levels: &'a [f32],
+    /// Scale of each column.
+    pub columns: &'a [f32],
+    /// Scales of rows.
+    pub scales: &'a [f32],
+}
+
+/// A column as [`Kernels::sweep`] meets it.
+#[derive(Clone, Copy, Debug)]
+pub struct Step {
+    /// Bits that the stream gains.
+    pub bits: u32,
+    /// The first level of its table.
+    pub table: u32,
+    /// What levels are multiplied by.
+    pub scale: f32,
+}
+
+/// The search for the best stream of a row, from the last column to the first: a step's bits go below those before.
+#[derive(Clone, Copy, Debug)]
+pub struct Sweep<'a> {
+    /// Bits of a state, up to 16.
+    pub state_bits: u32,
+    /// The columns in the order of the search.
+    pub steps: &'a [Step],
+    /// Their values.
+    pub values: &'a [f32],
+    /// Tables of levels.
+    pub levels: &'a [f32],
+    /// The bits of the state before the first step that stay in it, if they are given.
+    pub start: Option<u32>,
+}
+
+/// Numbers behind the last one of [`Kernels::sweep`]'s `least`, so that whole vectors can be read.
+pub const SWEEP_PADDING: usize = 16;
+
 /// Rows in panels of [`Kernels::panel_rows`], and the centres to compare them with.
 #[derive(Clone, Copy, Debug)]
 pub struct Panels<'a> {
@@ -466,6 +532,13 @@ pub struct Kernels {
     /// equals the one of the first partial code, then of the lowest entry. `scores` has room for as many codes a row
     /// as are wanted, no more than there are, `paths` for their `stage + 1` entries.
     pub extend: fn(&Extension, &mut [f32], &mut [u16]),
+    /// Decodes rows, `rows.range.len()` of them.
+    pub decode_trellis: fn(&TrellisView, &Rows, &mut [f32]),
+    /// `sweep(task, costs, least, back)`: for every state the squared error of the best stream that ends in it. A step of
+    /// `b` bits, one at least, leaves in the next 2^(state_bits - b) bytes of `back` which top bits of the state before it
+    /// are best for each of its heads, the state without its `b` lowest bits: the lowest of equals. `least` is room for
+    /// the heads' costs, and [`SWEEP_PADDING`] numbers.
+    pub sweep: fn(&Sweep, &mut [f32], &mut [f32], &mut [u8]),
     /// `quantize(values, grids, levels)`: the nearest level to each value, halves up; 0 where the step is 0.
     pub quantize: fn(&[f32], &Grids, &mut [u8]),
     /// `grid_error(values, step, low, top)`: squared error of the values on a grid of levels 0 to `top`.
@@ -568,8 +641,8 @@ pub fn forced_error() -> Option<String> {
 /// The preconditions of the kernels, checked once a call: with them no pointer of a fast path leaves its slice.
 mod check {
     use super::{
-        bits, Bags, BooksView, Coarse, Extension, Grids, LevelsView, Output, Panels, Products, Rows, Scales,
-        BEAM_PADDING,
+        bits, Bags, BooksView, Coarse, Extension, Grids, LevelsView, Output, Panels, Place, Products, Rows, Scales,
+        Sweep, TrellisView, BEAM_PADDING, SWEEP_PADDING,
     };
 
     fn output(rows: &Rows, dim: usize, row_bytes: usize, out: &Output) {
@@ -631,6 +704,39 @@ mod check {
             }
         };
         assert!(view.row_bytes >= view.level_bytes() + pairs, "row_bytes of a levels view");
+    }
+
+    pub(super) fn trellis(view: &TrellisView, rows: &Rows, out: &[f32]) {
+        let row_bits = 8 * view.row_bytes as u64;
+        assert!((1..=16).contains(&view.state_bits) && view.state_bits <= view.bits, "bits of a trellis view");
+        assert!(u64::from(view.bits) + u64::from(view.scale_bits) <= row_bits, "row_bytes of a trellis view");
+        assert_eq!(view.scales.len().checked_shr(view.scale_bits), Some(1), "scales of rows");
+        assert!(view.places.len() == view.dim && view.columns.len() == view.dim, "columns of a trellis view");
+        let (states, straight) = (1usize << view.state_bits, view.dim.checked_sub(view.wrapped));
+        let (straight, wrapped) = view.places.split_at(straight.expect("wrapped columns"));
+        let most = u64::from(view.bits - view.state_bits);
+        let fits = |place: &Place| 8 * u64::from(place.byte) + u64::from(place.shift) <= most && place.shift < 8;
+        assert!(straight.iter().all(fits), "places of a trellis view");
+        assert!(wrapped.iter().all(|place| place.shift <= view.state_bits), "wrapped places of a trellis view");
+        let tables = |place: &Place| place.table as usize + states <= view.levels.len();
+        assert!(view.places.iter().all(tables), "levels of a trellis view");
+        assert!(rows.range.start <= rows.range.end && rows.range.end <= rows.ids.len(), "positions of ids");
+        assert_eq!(Some(out.len()), rows.range.len().checked_mul(view.dim), "output of a lookup");
+    }
+
+    pub(super) fn sweep(task: &Sweep, costs: &[f32], least: &[f32], back: &[u8]) {
+        assert!((1..=16).contains(&task.state_bits) && task.steps.len() == task.values.len(), "steps of a sweep");
+        let states = 1usize << task.state_bits;
+        let mut bytes = 0;
+        for step in task.steps {
+            assert!(step.bits <= task.state_bits.min(8), "bits of a step");
+            assert!(step.table as usize + states <= task.levels.len(), "levels of a step");
+            bytes += if step.bits > 0 { states >> step.bits } else { 0 };
+        }
+        assert!(costs.len() == states && least.len() == states + SWEEP_PADDING, "costs of a sweep");
+        assert_eq!(back.len(), bytes, "ways back of a sweep");
+        let open = task.steps.first().map_or(0, |step| task.state_bits - step.bits);
+        assert!(task.start.is_none_or(|start| start >> open == 0), "start of a sweep");
     }
 
     fn rows(x: &[f32], stride: usize, rows: usize, width: usize) {

@@ -2,10 +2,11 @@
 
 use super::{
     check, Bags, BooksView, Extension, Grids, Kernels, Level, LevelsView, Output, Panels, Products, Rows, Scales,
-    Values, PEAK_FMAS,
+    Sweep, TrellisView, Values, PEAK_FMAS,
 };
 use crate::bits;
 use half::{bf16, f16};
+use std::ops::Range;
 
 pub(super) static KERNELS: Kernels = Kernels {
     name: "scalar",
@@ -22,6 +23,8 @@ pub(super) static KERNELS: Kernels = Kernels {
     dots,
     distances,
     extend,
+    decode_trellis,
+    sweep,
     quantize,
     grid_error,
     axpy,
@@ -108,6 +111,70 @@ pub(super) fn pool(bags: &Bags, dim: usize, out: &mut [f32], lookup: impl Fn(&Ro
                 }
             }
         }
+    }
+}
+
+fn decode_trellis(view: &TrellisView, rows: &Rows, out: &mut [f32]) {
+    check::trellis(view, rows, out);
+    for (position, out) in rows.range.clone().zip(out.chunks_exact_mut(view.dim)) {
+        let code = &rows.codes[rows.ids.get(position) * view.row_bytes..][..view.row_bytes];
+        let bits = |from: u32, count: u32| (from..from + count).rev().fold(0, |all, bit| all << 1 | bit_at(code, bit));
+        let last = view.bits - view.state_bits;
+        let around = u64::from(bits(last, view.state_bits)) | u64::from(bits(0, view.state_bits)) << view.state_bits;
+        let scale = view.scales[bits(view.bits, view.scale_bits) as usize];
+        for (t, (out, place)) in out.iter_mut().zip(view.places).enumerate() {
+            let state = match t < view.dim - view.wrapped {
+                true => bits(8 * place.byte + place.shift, view.state_bits),
+                false => (around >> place.shift) as u32 & ((1 << view.state_bits) - 1),
+            };
+            *out = view.levels[(place.table + state) as usize] * view.columns[t] * scale;
+        }
+    }
+}
+
+fn bit_at(code: &[u8], bit: u32) -> u32 {
+    u32::from(code[bit as usize / 8] >> (bit % 8) & 1)
+}
+
+pub(super) fn sweep(task: &Sweep, costs: &mut [f32], least: &mut [f32], back: &mut [u8]) {
+    check::sweep(task, costs, least, back);
+    let states = 1 << task.state_bits;
+    let mut back = back;
+    for (number, (step, value)) in task.steps.iter().zip(task.values).enumerate() {
+        let heads = states >> step.bits;
+        let (here, after) = std::mem::take(&mut back).split_at_mut(if step.bits > 0 { heads } else { 0 });
+        back = after;
+        match (number, step.bits) {
+            (0, _) => start(task.start, &mut least[..heads]),
+            (_, 0) => least[..states].copy_from_slice(costs),
+            _ => merge(0..heads, heads, costs, least, here),
+        }
+        let levels = &task.levels[step.table as usize..][..states];
+        for (state, (cost, level)) in costs.iter_mut().zip(levels).enumerate() {
+            let error = (-level).mul_add(step.scale, *value);
+            *cost = error.mul_add(error, least[state >> step.bits]);
+        }
+    }
+}
+
+/// Costs before the first step: nothing where any start will do, else infinity but for the one that is given.
+pub(super) fn start(given: Option<u32>, least: &mut [f32]) {
+    least.fill(if given.is_some() { f32::INFINITY } else { 0.0 });
+    if let Some(head) = given {
+        least[head as usize] = 0.0;
+    }
+}
+
+/// The cheapest state that leads to each of some heads, and the top bits that it has beside them: the first of equals.
+pub(super) fn merge(some: Range<usize>, heads: usize, costs: &[f32], least: &mut [f32], back: &mut [u8]) {
+    for head in some {
+        let (mut best, mut which) = (costs[head], 0);
+        for (choice, cost) in costs[head..].iter().step_by(heads).enumerate() {
+            if *cost < best {
+                (best, which) = (*cost, choice);
+            }
+        }
+        (least[head], back[head]) = (best, which as u8);
     }
 }
 

@@ -15,6 +15,7 @@ mod nearest;
 mod peak;
 mod products;
 mod rows;
+mod trellis;
 mod vectors;
 
 pub(super) use beam::{extend, Pack};
@@ -23,6 +24,7 @@ pub(super) use levels::{lookup_levels, pool_levels};
 pub(super) use nearest::{nearest, Ahead};
 pub(super) use peak::fma_peak;
 pub(super) use products::products;
+pub(super) use trellis::{decode_trellis, sweep, Trace};
 pub(super) use vectors::{axpy, to_bf16, to_f16};
 
 use super::{

@@ -6,7 +6,7 @@ mod vectors;
 
 use super::scalar;
 use super::simd;
-use super::{Bags, BooksView, Extension, Grids, Kernels, LevelsView, Output, Panels, Products, Rows};
+use super::{Bags, BooksView, Extension, Grids, Kernels, LevelsView, Output, Panels, Products, Rows, Sweep, TrellisView};
 use pack::pack;
 use vectors::{Eight, Sixteen};
 
@@ -43,6 +43,8 @@ static AVX2: Kernels = Kernels {
     dots: avx2_dots,
     distances: avx2_distances,
     extend: avx2_extend,
+    decode_trellis: avx2_decode_trellis,
+    sweep: avx2_sweep,
     quantize: avx2_quantize,
     grid_error: avx2_grid_error,
     axpy,
@@ -68,6 +70,8 @@ static AVX512: Kernels = Kernels {
     dots: avx512_dots,
     distances: avx512_distances,
     extend: avx512_extend,
+    decode_trellis: avx512_decode_trellis,
+    sweep: avx512_sweep,
     quantize: avx512_quantize,
     grid_error: avx512_grid_error,
     axpy,
@@ -127,6 +131,14 @@ shell!("avx512f,avx512bw,avx512vl,avx2,fma,f16c", fn avx512_dots(task: &Products
     = simd::products::<Sixteen, 2, 12, false>);
 shell!("avx512f,avx512bw,avx512vl,avx2,fma,f16c", fn avx512_distances(task: &Products, out: &mut [f32])
     = simd::products::<Sixteen, 2, 12, true>);
+shell!("avx2,fma,f16c", fn avx2_decode_trellis(view: &TrellisView, rows: &Rows, out: &mut [f32])
+    = simd::decode_trellis::<Eight>);
+shell!("avx2,fma,f16c", fn avx2_sweep(task: &Sweep, costs: &mut [f32], least: &mut [f32], back: &mut [u8])
+    = simd::sweep::<Eight>);
+shell!("avx512f,avx512bw,avx512vl,avx2,fma,f16c",
+    fn avx512_decode_trellis(view: &TrellisView, rows: &Rows, out: &mut [f32]) = simd::decode_trellis::<Sixteen>);
+shell!("avx512f,avx512bw,avx512vl,avx2,fma,f16c",
+    fn avx512_sweep(task: &Sweep, costs: &mut [f32], least: &mut [f32], back: &mut [u8]) = simd::sweep::<Sixteen>);
 shell!("avx2,fma,f16c", fn avx2_fma_peak(rounds: usize) -> f32 = simd::fma_peak::<Eight, 12>);
 shell!("avx512f,avx512bw,avx512vl,avx2,fma,f16c", fn avx512_fma_peak(rounds: usize) -> f32
     = simd::fma_peak::<Sixteen, 12>);

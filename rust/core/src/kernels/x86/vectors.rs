@@ -1,6 +1,6 @@
 //! The vector operations of AVX2 and AVX-512.
 
-use crate::kernels::simd::{Pack, Simd, Task, Widen};
+use crate::kernels::simd::{Pack, Simd, Task, Trace, Widen};
 use std::arch::x86_64::*;
 
 /// Eight numbers in an AVX register.
@@ -279,6 +279,43 @@ impl Pack for Sixteen {
     fn fetch(address: *const f32) {
         // SAFETY: a prefetch does not fault, whatever the address.
         unsafe { _mm_prefetch::<_MM_HINT_T0>(address.cast()) }
+    }
+}
+
+impl Trace for Eight {
+    #[inline(always)]
+    unsafe fn store_bytes(self, to: *mut u8) {
+        // SAFETY: the caller has the instruction set and room for eight bytes.
+        unsafe {
+            let lowest = _mm_setr_epi8(0, 4, 8, 12, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1);
+            let halves = _mm256_shuffle_epi8(_mm256_castps_si256(self.0), _mm256_broadcastsi128_si256(lowest));
+            let (low, high) = (_mm256_castsi256_si128(halves), _mm256_extracti128_si256::<1>(halves));
+            _mm_storel_epi64(to.cast(), _mm_unpacklo_epi32(low, high));
+        }
+    }
+    #[inline(always)]
+    unsafe fn repeat<const K: u32>(from: *const f32) -> Self {
+        // SAFETY: the caller has the instruction set and a vector from the place.
+        unsafe {
+            let lanes = _mm256_setr_epi32(0, 1 >> K, 2 >> K, 3 >> K, 4 >> K, 5 >> K, 6 >> K, 7 >> K);
+            Eight(_mm256_permutevar8x32_ps(_mm256_loadu_ps(from), lanes))
+        }
+    }
+}
+
+impl Trace for Sixteen {
+    #[inline(always)]
+    unsafe fn store_bytes(self, to: *mut u8) {
+        // SAFETY: the caller has the instruction set and room for sixteen bytes.
+        unsafe { _mm_storeu_si128(to.cast(), _mm512_cvtepi32_epi8(_mm512_castps_si512(self.0))) }
+    }
+    #[inline(always)]
+    unsafe fn repeat<const K: u32>(from: *const f32) -> Self {
+        // SAFETY: the caller has the instruction set and a vector from the place.
+        unsafe {
+            let lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+            Sixteen(_mm512_permutexvar_ps(_mm512_srli_epi32::<K>(lanes), _mm512_loadu_ps(from)))
+        }
     }
 }
 
