@@ -32,6 +32,7 @@ if TYPE_CHECKING:
         ProductQuantizer,
         ResidualQuantizer,
         ScalarQuantizer,
+        TrellisQuantizer,
         VectorQuantizer,
     )
 
@@ -42,6 +43,7 @@ _LAZY = {
     "ProductQuantizer": "quantizers",
     "ResidualQuantizer": "quantizers",
     "ScalarQuantizer": "quantizers",
+    "TrellisQuantizer": "quantizers",
     "VectorQuantizer": "quantizers",
 }
 """Names whose modules need scikit-learn: imported when they are first used, so that the rest needs numpy alone."""
@@ -58,6 +60,7 @@ __all__ = [
     "TableCorruptError",
     "TableError",
     "TableVersionError",
+    "TrellisQuantizer",
     "TuneResult",
     "TuneTrial",
     "VectorQuantizer",

@@ -12,6 +12,7 @@ __all__ = [
     "ProductQuantizer",
     "ResidualQuantizer",
     "ScalarQuantizer",
+    "TrellisQuantizer",
     "VectorQuantizer",
 ]
 
@@ -628,6 +629,103 @@ class LowRankQuantizer(Quantizer):
         self.block_size = block_size
         self.clip = clip
         self.symmetric = symmetric
+        self.center = center
+        self.rotation = rotation
+        self.rotation_dtype = rotation_dtype
+        self.residual = residual
+        self.random_state = random_state
+        self.n_jobs = n_jobs
+        self.verbose = verbose
+
+
+class TrellisQuantizer(Quantizer):
+    """A row becomes a circular stream of bits, found as a whole, of which each column reads a window.
+
+    The windows of neighbours overlap, so that a few bits a value choose among thousands of levels: for normal values
+    the error is within an eighth of the bound, with no codebook to learn or store. Rows are turned first, so that
+    their values are nearly normal.
+
+    Parameters
+    ----------
+    n_bits : float, default=2.0
+        Bits a value, with all that a row stores: any number above 0, up to 8. Rows are whole bytes.
+    state_bits : int, default=12
+        Bits of a window, 4 to 16: each one more halves the speed of encoding. Rows of few bits have shorter windows.
+    bit_allocation : {"even", "variance"}, default="even"
+        Whether columns share the bits alike, or by their variance, which goes with principal components.
+    scale_bits : int or None, default=None
+        Bits of a row that tell its scale, 0 to 8; None chooses at most 4 of them by the sizes of the rows.
+    center : bool, default=True
+        Whether the mean row is taken off first; the table keeps it.
+    rotation : {None, "random", "dense", "pca", "learned", "auto"}, default="auto"
+        How rows are turned before they are coded: at random from a seed, at random by a stored matrix, to principal
+        components, by what suits this quantizer best ("product" learns it), or as its other parameters suggest: at
+        random with ``bit_allocation="even"``, to principal components with ``bit_allocation="variance"``.
+    rotation_dtype : {"float16", "int8", "float32"}, default="float16"
+        How a matrix of the rotation is stored.
+    residual : quantizer or None, default=None
+        Codes what this one leaves over: a row is then the sum of both. Its own random state does not count.
+    random_state : int, RandomState, Generator or None, default=None
+        Draws a random rotation; an int repeats it.
+    n_jobs : int or None, default=None
+        Threads; None takes all that the process may use. The result does not depend on it.
+    verbose : int, default=0
+        1 prints progress.
+
+    Attributes
+    ----------
+    row_bytes_ : int
+        Bytes of a row's code.
+    n_iter_ : int
+        Rounds of the fit.
+    relative_error_ : float
+        ‖X − X̂‖² / ‖X‖² of the rows that were fitted.
+    n_features_in_ : int
+        Number of features seen during fit.
+    feature_names_in_ : ndarray of shape (n_features_in_,)
+        Names of features seen during fit, if X had names that are all strings.
+
+    See Also
+    --------
+    ProductQuantizer : Faster to encode and to search.
+
+    References
+    ----------
+    A. Tseng, Q. Sun, D. Hou, C. De Sa, "QTIP: Quantization with trellises and incoherence processing", 2024.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from vqrs import TrellisQuantizer
+    >>> x = np.random.default_rng(0).normal(size=(1000, 64)).astype(np.float32)
+    >>> quantizer = TrellisQuantizer(n_bits=2, random_state=0).fit(x)
+    >>> quantizer.row_bytes_
+    16
+    >>> bool(quantizer.relative_error_ < 0.08)  # the best levels for each value alone reach 0.117
+    True
+    """
+
+    _kind = "trellis"
+
+    def __init__(
+        self,
+        n_bits: float = 2.0,
+        *,
+        state_bits: int = 12,
+        bit_allocation: str = "even",
+        scale_bits: int | None = None,
+        center: bool = True,
+        rotation: str | None = "auto",
+        rotation_dtype: str = "float16",
+        residual: Quantizer | None = None,
+        random_state: Any = None,
+        n_jobs: int | None = None,
+        verbose: int = 0,
+    ) -> None:
+        self.n_bits = n_bits
+        self.state_bits = state_bits
+        self.bit_allocation = bit_allocation
+        self.scale_bits = scale_bits
         self.center = center
         self.rotation = rotation
         self.rotation_dtype = rotation_dtype

@@ -21,6 +21,7 @@ array([[1., 3.],
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
@@ -34,10 +35,12 @@ __all__ = [
     "decode_join",
     "decode_levels",
     "decode_linear",
+    "decode_trellis",
     "encode_kmeans",
     "encode_product",
     "encode_residual",
     "encode_scalar",
+    "encode_trellis",
     "fused_multiply_add",
     "pack_bits",
     "pool",
@@ -45,10 +48,14 @@ __all__ = [
     "random_sign",
     "row_bytes",
     "search",
+    "trellis_layout",
+    "trellis_levels",
     "unpack_bits",
 ]
 
 Tensors = Mapping[str, NDArray[Any]]
+
+LOG_2 = 0.6931471805599453
 
 COVERED = 1e-3
 """The part of a step by which the top level of a row may stay below the row's maximum."""
@@ -260,7 +267,41 @@ def decode_join(description: Mapping[str, Any], tensors: Tensors, codes: NDArray
     return total
 
 
-FORMS = {"books": decode_books, "levels": decode_levels, "linear": decode_linear, "join": decode_join}
+def decode_trellis(description: Mapping[str, Any], tensors: Tensors, codes: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """Form "trellis": a row is a circular stream of bits, and each column reads a window of it that picks a level.
+
+    ``bits`` tells how many bits of the stream lie between the starts of a column's window and of the next one. The
+    value is ``level * columns[column] * scales[number]``, with two roundings; the number of the scale stands in
+    ``scale_bits`` bits behind the stream.
+
+    Parameters and the result are those of :func:`decode`.
+
+    Examples
+    --------
+    Four columns of two bits each, whose windows are four bits long:
+
+    >>> description = {"dim": 4, "row_bytes": 1, "state_bits": 4, "scale_bits": 0, "scales": 1, "bits": ""}
+    >>> tensors = {"columns": np.ones(4, np.float32), "scales": np.array([2], np.float32)}
+    >>> decode_trellis(description, tensors, np.array([[0b11100100]], np.uint8)).shape
+    (1, 4)
+    """
+    starts, tables, n_bits = trellis_layout(description)
+    state_bits, scale_bits = description["state_bits"], description["scale_bits"]
+    single_bits = np.unpackbits(codes, axis=1, bitorder="little").astype(np.int64)
+    windows = single_bits[:, (starts[:, None] + np.arange(state_bits)) % n_bits]
+    states = windows @ (1 << np.arange(state_bits))
+    levels = np.stack([trellis_levels(state_bits, table) for table in range(tables.max() + 1)])
+    numbers = single_bits[:, n_bits : n_bits + scale_bits] @ (1 << np.arange(scale_bits))
+    return levels[tables, states] * tensors["columns"] * tensors["scales"][numbers][:, None]
+
+
+FORMS = {
+    "books": decode_books,
+    "levels": decode_levels,
+    "linear": decode_linear,
+    "join": decode_join,
+    "trellis": decode_trellis,
+}
 
 
 def row_bytes(description: Mapping[str, Any]) -> int:
@@ -294,7 +335,11 @@ def _row_bytes_of_levels(description: Mapping[str, Any]) -> int:
     return levels + pairs * (2 if description["symmetric"] else 4)
 
 
-ROW_BYTES = {"books": _row_bytes_of_books, "levels": _row_bytes_of_levels}
+ROW_BYTES = {
+    "books": _row_bytes_of_books,
+    "levels": _row_bytes_of_levels,
+    "trellis": lambda description: description["row_bytes"],
+}
 """Of the forms that hold no other decoder."""
 
 
@@ -341,6 +386,107 @@ def random_sign(seed: int, place: int) -> float:
     number = (number ^ (number >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
     number = (number ^ (number >> 27)) * 0x94D049BB133111EB % 2**64
     return 1.0 - 2.0 * ((number ^ (number >> 31)) >> 63)
+
+
+def trellis_layout(description: Mapping[str, Any]) -> tuple[NDArray[np.int64], NDArray[np.int64], int]:
+    """Where each column of the form "trellis" reads: the first bit of its window, and the number of its table.
+
+    Columns that add no bits have the window of the next column, and the table after its table, of eight. After the last
+    column comes the first one.
+
+    Parameters
+    ----------
+    description : the decoder's description
+
+    Returns
+    -------
+    starts and tables, int64 of shape (dim,), and the bits of the stream
+
+    Examples
+    --------
+    >>> starts, tables, n_bits = trellis_layout({"dim": 5, "bits": "20110"})
+    >>> starts.tolist(), tables.tolist(), n_bits
+    ([0, 2, 2, 3, 4], [0, 1, 0, 0, 1], 4)
+    """
+    dim = description["dim"]
+    if description["bits"]:
+        bits = np.array([int(digit) for digit in description["bits"]])
+    else:
+        room = 8 * description["row_bytes"] - description["scale_bits"]
+        bits = np.diff((2 * np.arange(dim + 1) * room + dim) // (2 * dim))
+    tables = np.zeros(dim, np.int64)
+    last = int(np.flatnonzero(bits)[-1])
+    for column in (np.arange(last - 1, last - dim, -1) % dim).tolist():
+        if bits[column] == 0:
+            tables[column] = (tables[(column + 1) % dim] + 1) % 8
+    return np.cumsum(bits) - bits, tables, int(bits.sum())
+
+
+@functools.cache
+def trellis_levels(state_bits: int, table: int) -> NDArray[np.float32]:
+    """The level of each state of the form "trellis": normal quantiles in an order that is fixed for ever.
+
+    The highest bit of a level's rank is the lowest bit of the state plus its highest, flipped by a hash of those
+    between; the next one the second lowest plus the second highest, and so on to the middle; from there on each bit is
+    flipped by a hash of those above it.
+
+    Parameters
+    ----------
+    state_bits : bits of a state
+    table : number of the table
+
+    Returns
+    -------
+    float32 array of shape (2**state_bits,)
+
+    Examples
+    --------
+    >>> trellis_levels(2, 0).round(3)
+    array([-1.15 ,  0.319,  1.15 , -0.319], dtype=float32)
+    """
+    state = np.arange(1 << state_bits, dtype=np.uint64)
+    rank = np.zeros(1 << state_bits, np.int64)
+    for bit in range(state_bits):
+        first, mirror = bit + 1, state_bits - 1 - bit
+        upper, flipped = state >> np.uint64(first), state >> np.uint64(bit)
+        if bit < state_bits // 2:
+            upper = upper & np.uint64((1 << (mirror - first)) - 1)
+            flipped = flipped ^ state >> np.uint64(mirror)
+        key = np.uint64(table << 40 | state_bits << 32 | bit << 24) | upper
+        flipped = flipped ^ _mix(_mix(key))
+        rank |= (flipped.astype(np.int64) & 1) << mirror
+    half = 1 << (state_bits - 1)
+    quantiles = _normal_quantiles((np.arange(half) + 0.5) / (2 * half)).astype(np.float32)
+    return np.concatenate([quantiles, -quantiles[::-1]])[rank]
+
+
+def _mix(number: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """The finaliser of SplitMix64 (Steele, Lea and Flood 2014)."""
+    number = (number ^ (number >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    number = (number ^ (number >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return number ^ (number >> np.uint64(31))
+
+
+def _normal_quantiles(p: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Quantiles up to the median by Acklam's rational functions, with nothing that two machines could round apart."""
+    a = (-3.969683028665376e1, 2.209460984245205e2, -2.759285104469687e2, 1.383577518672690e2, -3.066479806614716e1)
+    b = (-5.447609879822406e1, 1.615858368580409e2, -1.556989798598866e2, 6.680131188771972e1, -1.328068155288572e1)
+    c = (-7.784894002430293e-3, -3.223964580411365e-1, -2.400758277161838, -2.549732539343734, 4.374664141464968)
+    d = (7.784695709041462e-3, 3.224671290700398e-1, 2.445134137142996, 3.754408661907416, 1.0)
+    mantissa, exponent = np.frexp(p)
+    s = (mantissa - 1.0) / (mantissa + 1.0)
+    series = _horner([1.0 / (2 * i + 1) for i in reversed(range(12))], s * s)
+    tail = np.sqrt(-2.0 * (exponent * LOG_2 + 2.0 * s * series))
+    in_tail = _horner((*c, 2.938163982698783), tail) / _horner(d, tail)
+    q = p - 0.5
+    return np.where(p < 0.02425, in_tail, _horner((*a, 2.506628277459239), q * q) * q / _horner((*b, 1.0), q * q))
+
+
+def _horner(factors: Sequence[float], x: NDArray[np.float64]) -> NDArray[np.float64]:
+    total = np.zeros_like(x)
+    for factor in factors:
+        total = total * x + factor
+    return total
 
 
 def _block_size(description: Mapping[str, Any]) -> int:
@@ -568,6 +714,83 @@ def encode_scalar(x: NDArray[np.float32], description: Mapping[str, Any], tensor
     block = np.arange(x.shape[1]) // _block_size(description)
     levels = _nearest_levels(x, scale[:, block], offset[:, block], bits, symmetric)
     return np.hstack([pack_bits(levels, bits), stored])
+
+
+def encode_trellis(
+    x: NDArray[np.floating], description: Mapping[str, Any], tensors: Tensors, numbers: NDArray[np.integer]
+) -> NDArray[np.uint8]:
+    """Trellis coding (Tseng, Sun, Hou, De Sa 2024): the best stream by dynamic programming over the states.
+
+    Columns are visited from the last one to the first. A first search, with the row cut in the middle and any bits
+    at the cut, says which bits stand at the ends of the row; with these a second one finds the best stream that
+    closes, and a third one, cut in the middle again, is no worse.
+
+    Parameters
+    ----------
+    x : array of shape (n_rows, dim)
+    description : the decoder's description
+    tensors : the decoder's tensors
+    numbers : the number of each row's scale, of shape (n_rows,)
+
+    Returns
+    -------
+    uint8 array of shape (n_rows, row_bytes)
+
+    Examples
+    --------
+    >>> description = {"dim": 4, "row_bytes": 1, "state_bits": 3, "scale_bits": 0, "scales": 1, "bits": "2222"}
+    >>> tensors = {"columns": np.ones(4, np.float32), "scales": np.ones(1, np.float32)}
+    >>> decoded = decode_trellis(description, tensors, np.array([[0b10110100]], np.uint8))
+    >>> encode_trellis(decoded, description, tensors, np.array([0])) == 0b10110100
+    array([[ True]])
+    """
+    starts, tables, n_bits = trellis_layout(description)
+    state_bits, scale_bits = description["state_bits"], description["scale_bits"]
+    bits = np.diff(np.append(starts, n_bits))
+    dim = description["dim"]
+    columns = zip(tables.tolist(), tensors["columns"], strict=True)
+    levels = [trellis_levels(state_bits, table) * scale for table, scale in columns]
+    codes = np.zeros((len(x), description["row_bytes"]), np.uint8)
+    for row, number, code in zip(np.asarray(x, np.float64), numbers, codes, strict=True):
+        scaled = [level * tensors["scales"][number] for level in levels]
+        states = None
+        for cut in (dim // 2, 0, dim // 2):
+            order = [*range(cut - 1, -1, -1), *range(dim - 1, cut - 1, -1)]
+            kept = None if states is None else int(states[order[-1]]) % (1 << (state_bits - bits[order[0]]))
+            states = _best_states(row, order, bits, scaled, kept)
+        stream = [(state >> bit) & 1 for state, count in zip(states, bits, strict=True) for bit in range(count)]
+        behind = [(int(number) >> bit) & 1 for bit in range(scale_bits)]
+        packed = np.packbits(np.array([*stream, *behind], np.uint8), bitorder="little")
+        code[: len(packed)] = packed
+    return codes
+
+
+def _best_states(
+    row: NDArray[np.float64], order: list[int], bits: NDArray[np.int64], levels: list[NDArray[Any]], kept: int | None
+) -> NDArray[np.int64]:
+    """The states of least squared error, visited in an order; ``kept`` are the bits that first and last one share."""
+    state = np.arange(len(levels[0]))
+    n_states, first = len(state), bits[order[0]]
+    costs = np.zeros(n_states)
+    if kept is not None:
+        costs[state >> first != kept] = np.inf
+    costs = costs + (row[order[0]] - levels[order[0]]) ** 2
+    origins = []
+    for column in order[1:]:
+        before = costs.reshape(1 << bits[column], -1)
+        origins.append(before.argmin(axis=0))
+        costs = before.min(axis=0)[state >> bits[column]] + (row[column] - levels[column]) ** 2
+    if kept is not None:
+        costs[state % (n_states >> first) != kept] = np.inf
+    states = np.zeros(len(order), np.int64)
+    best = int(costs.argmin())
+    for place in range(len(order) - 1, -1, -1):
+        column = order[place]
+        states[column] = best
+        if place:
+            head = best >> bits[column]
+            best = int(origins[place - 1][head]) * (n_states >> bits[column]) + head
+    return states
 
 
 def _nearest_levels(

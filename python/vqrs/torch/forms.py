@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vqrs.reference import random_sign, row_bytes
+from vqrs.reference import random_sign, row_bytes, trellis_layout, trellis_levels
 
 __all__ = [
     "BooksDecoder",
@@ -331,11 +331,54 @@ class JoinDecoder(Decoder):
         return torch.cat(rows, 1) if self.mode == "columns" else functools.reduce(torch.add, rows)
 
 
+class TrellisDecoder(Decoder):
+    """A row is a circular stream of bits, and each column reads a window of it that picks a level.
+
+    The tensors are ``columns``, the scale of each column, and ``scales``, from which rows choose. Levels are fixed.
+    """
+
+    def __init__(self, description: Mapping[str, Any], tensors: Tensors, trainable: bool) -> None:
+        super().__init__(description, tensors, trainable)
+        self.state_bits: int = description["state_bits"]
+        self.scale_bits: int = description["scale_bits"]
+        starts, tables, self.n_bits = trellis_layout(description)
+        levels = [torch.from_numpy(trellis_levels(self.state_bits, n)) for n in range(int(tables.max()) + 1)]
+        self.register_buffer("starts", torch.from_numpy(starts), persistent=False)
+        self.register_buffer("first_levels", torch.from_numpy(tables << self.state_bits), persistent=False)
+        self.register_buffer("levels", torch.cat(levels), persistent=False)
+
+    @staticmethod
+    def real_values(description: Mapping[str, Any], stored: Tensors, codes: Tensor) -> dict[str, Tensor]:
+        """The scales as they are."""
+        return {name: tensor.clone() for name, tensor in stored.items()}
+
+    def stored_values(self, codes: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        """The scales as float32, and the codes as they are."""
+        scales = {"columns": self.columns.detach().float(), "scales": self.scales.detach().float()}
+        _refuse_unstorable(*scales.values())
+        return scales, codes
+
+    def forward(self, codes: Tensor, ids: Tensor) -> Tensor:
+        """Decode rows; see :meth:`Decoder.forward`."""
+        places = self.starts % self.n_bits
+        states = torch.zeros((len(codes), self.dim), dtype=torch.int64, device=codes.device)
+        for bit in range(self.state_bits):
+            at = (places + bit) % self.n_bits
+            states |= ((codes[:, at // 8] >> (at % 8)) & 1).long() << bit
+        levels = F.embedding(self.first_levels + states, self.levels[:, None]).squeeze(2).to(self.columns.dtype)
+        number = torch.zeros(len(codes), dtype=torch.int64, device=codes.device)
+        for bit in range(self.scale_bits):
+            at = self.n_bits + bit
+            number |= ((codes[:, at // 8] >> (at % 8)) & 1).long() << bit
+        return levels * self.columns * F.embedding(number, self.scales[:, None])
+
+
 FORMS: dict[str, type[Decoder]] = {
     "books": BooksDecoder,
     "levels": LevelsDecoder,
     "linear": LinearDecoder,
     "join": JoinDecoder,
+    "trellis": TrellisDecoder,
 }
 
 

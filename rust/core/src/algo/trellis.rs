@@ -95,6 +95,12 @@ fn logarithm(x: f64) -> f64 {
     exponent as f64 * std::f64::consts::LN_2 + 2.0 * s * series
 }
 
+/// As many bits for each column as for the others, of `bits` in all: their sums from the first column on are rounded.
+pub fn even_bits(dim: usize, bits: u64) -> Vec<u8> {
+    let sum = |columns: usize| (2 * columns as u64 * bits + dim as u64) / (2 * dim as u64);
+    (0..dim).map(|t| (sum(t + 1) - sum(t)).min(u64::from(MOST_BITS)) as u8).collect()
+}
+
 /// Where the columns of a row read.
 #[derive(Clone, Debug)]
 pub struct Layout {

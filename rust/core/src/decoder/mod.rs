@@ -7,11 +7,13 @@ mod books;
 mod join;
 mod levels;
 mod linear;
+mod trellis;
 
 pub use books::{Books, CodebookDtype, GroupSpec};
 pub use join::{Join, Joining};
 pub use levels::{Granularity, Levels, LevelsSpec, Number};
 pub use linear::{Linear, LinearMap, MatrixDtype, Rotation};
+pub use trellis::{Trellis, TrellisSpec, MOST_SCALE_BITS};
 
 use crate::error::{Error, Result};
 use crate::kernels::{self, Bags, Ids, Output, Rows};
@@ -28,6 +30,7 @@ const FORMS: &[(&str, Read)] = &[
     (Levels::FORM, |spec, tensors| Ok(Decoder::Levels(Levels::from_parts(parse(spec)?, tensors)?))),
     (Linear::FORM, |spec, tensors| Ok(Decoder::Linear(Linear::from_parts(parse(spec)?, tensors)?.into()))),
     (Join::FORM, |spec, tensors| Ok(Decoder::Join(Join::from_parts(parse(spec)?, tensors)?))),
+    (Trellis::FORM, |spec, tensors| Ok(Decoder::Trellis(Trellis::from_parts(parse(spec)?, tensors)?))),
 ];
 
 /// What every form can do. Ids must be inside the codes; everything runs on the calling thread.
@@ -121,6 +124,8 @@ pub enum Decoder {
     Linear(Box<Linear>),
     /// Other decoders' rows, side by side or added.
     Join(Join),
+    /// Circular streams of bits, of which each column reads a window.
+    Trellis(Trellis),
 }
 
 impl Decoder {
@@ -131,6 +136,7 @@ impl Decoder {
             Decoder::Levels(form) => form,
             Decoder::Linear(form) => form.as_ref(),
             Decoder::Join(form) => form,
+            Decoder::Trellis(form) => form,
         }
     }
 

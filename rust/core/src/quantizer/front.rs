@@ -179,7 +179,7 @@ impl<Q: Quantizer> Fronted<Q> {
         let map = self.map(data, ctx)?;
         let mapped = map.project_all(data.rows, ctx)?;
         let mapped = Sample { rows: Matrix::new(&mapped, map.width())?, weights: data.weights };
-        let learned = self.quantizer.fit(mapped, ctx)?;
+        let learned = self.quantizer.fit_components(mapped, data.dim(), ctx)?;
         Ok(Learned { decoder: self.mapped(map, learned.decoder)?, ..learned })
     }
 }

@@ -10,6 +10,7 @@ mod optimized_product;
 mod product;
 mod residual;
 mod scalar;
+mod trellis;
 
 use crate::algo::nearest::{Centroids, Columns, Parts};
 use crate::bits;
@@ -32,6 +33,7 @@ pub const KINDS: &[Kind] = &[
     kind::<residual::ResidualQuantizer>(),
     kind::<scalar::ScalarQuantizer>(),
     kind::<low_rank::LowRankQuantizer>(),
+    kind::<trellis::TrellisQuantizer>(),
 ];
 
 /// Rows that are encoded at a time; also the unit of parallel work.
@@ -86,6 +88,11 @@ pub trait Quantizer: Serialize + DeserializeOwned + Default + Send + Sync + 'sta
     /// The principal components that it takes, in the order in which it wants them; `variances` fall.
     fn components(&self, variances: &[f64]) -> Vec<usize> {
         (0..self.columns(variances.len())).collect()
+    }
+
+    /// [`Quantizer::fit`] where the columns are some components of rows of `dim` columns.
+    fn fit_components(&self, data: Sample, _dim: usize, ctx: &Context) -> Result<Learned> {
+        self.fit(data, ctx)
     }
 
     /// The rows of the rotation after which its error is least: for `rotation="learned"`.

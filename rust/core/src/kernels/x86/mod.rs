@@ -6,7 +6,9 @@ mod vectors;
 
 use super::scalar;
 use super::simd;
-use super::{Bags, BooksView, Extension, Grids, Kernels, LevelsView, Output, Panels, Products, Rows, Sweep, TrellisView};
+use super::{
+    Bags, BooksView, Extension, Grids, Kernels, LevelsView, Output, Panels, Products, Rows, Sweep, TrellisView,
+};
 use pack::pack;
 use vectors::{Eight, Sixteen};
 
