@@ -1,5 +1,7 @@
 use super::*;
+use crate::kernels::{Ids, Kernels, Rows, TrellisView};
 use crate::rng::Rng;
+use proptest::prelude::*;
 
 /// The window of each column in a stream.
 fn windows(layout: &Layout, stream: u64) -> Vec<u32> {
@@ -121,5 +123,68 @@ fn normal_rows() {
             all += row.iter().map(|v| f64::from(v * v)).sum::<f64>();
         }
         assert!(lost / all < limit, "{state_bits} {bits}: {}", lost / all);
+    }
+}
+
+/// Bit patterns, as NaN is equal to nothing.
+fn numbers(values: &[f32]) -> Vec<u32> {
+    values.iter().map(|v| v.to_bits()).collect()
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(if cfg!(miri) { 2 } else { 100 }))]
+
+    #[test]
+    fn every_path_gives_the_same_bits(seed: u64, state_bits in 1u32..11, column_bits in prop::collection::vec(0u8..9, 1..40), rows in 1usize..6,
+               scale_bits in 0u32..9, n in 0usize..100, spare in 0usize..3, fixed: bool, coarse: bool) {
+        let rng = &mut Rng::new(seed);
+        let column_bits: Vec<u8> = column_bits.iter().map(|bits| (*bits).min(state_bits as u8)).collect();
+        let layout = Layout::new(&column_bits, state_bits);
+        prop_assume!(layout.bits >= state_bits);
+        let dim = column_bits.len();
+        let mut levels = row(rng, layout.tables << state_bits);
+        if coarse {
+            // Almost all costs are equal to others.
+            levels.iter_mut().for_each(|v| *v = v.round());
+        }
+        let columns = row(rng, dim);
+
+        let row_bytes = (layout.bits + scale_bits).div_ceil(8) as usize + spare;
+        let codes: Vec<u8> = (0..rows * row_bytes).map(|_| rng.below(256) as u8).collect();
+        let scales = row(rng, 1 << scale_bits);
+        let view = TrellisView { dim, row_bytes, bits: layout.bits, state_bits, scale_bits, places: &layout.places,
+                                 wrapped: layout.wrapped, levels: &levels, columns: &columns, scales: &scales };
+        let ids: Vec<i64> = (0..n).map(|_| rng.below(rows) as i64).collect();
+        let task = Rows { codes: &codes, ids: Ids::I64(&ids), range: n / 3..n, stream: false };
+        let decoded = |kernels: &Kernels| {
+            let mut out = vec![f32::NAN; (n - n / 3) * dim];
+            (kernels.decode_trellis)(&view, &task, &mut out);
+            out
+        };
+
+        let steps: Vec<Step> = (0..dim).rev().map(|t| {
+            Step { bits: u32::from(column_bits[t]), table: layout.places[t].table, scale: columns[t] }
+        }).collect();
+        let open = state_bits - steps[0].bits;
+        let start = fixed.then(|| rng.below(1 << open) as u32);
+        let values = row(rng, dim);
+        let sweep = Sweep { state_bits, steps: &steps, values: &values, levels: &levels, start };
+        let swept = |kernels: &Kernels| {
+            let states = 1 << state_bits;
+            let (mut costs, mut least) = (vec![f32::NAN; states], vec![0.0; states + SWEEP_PADDING]);
+            let mut back = vec![0; ways(&layout)];
+            (kernels.sweep)(&sweep, &mut costs, &mut least, &mut back);
+            // The first step has no way back.
+            let first = if steps[0].bits > 0 { states >> steps[0].bits } else { 0 };
+            (costs, back[first..].to_vec())
+        };
+        let all = kernels::available();
+        let (expected, (costs, back)) = (decoded(all[0]), swept(all[0]));
+        for kernels in all {
+            prop_assert_eq!(numbers(&decoded(kernels)), numbers(&expected), "{}", kernels.name);
+            let (its_costs, its_back) = swept(kernels);
+            prop_assert_eq!(numbers(&its_costs), numbers(&costs), "{}", kernels.name);
+            prop_assert_eq!(&its_back, &back, "{}", kernels.name);
+        }
     }
 }
