@@ -26,6 +26,7 @@ from vqrs.table import Table, open
 
 if TYPE_CHECKING:
     from vqrs.cluster import KMeans
+    from vqrs.mixed import MixedPrecisionQuantizer
     from vqrs.quantizers import (
         LowRankQuantizer,
         OptimizedProductQuantizer,
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
 _LAZY = {
     "KMeans": "cluster",
     "LowRankQuantizer": "quantizers",
+    "MixedPrecisionQuantizer": "mixed",
     "OptimizedProductQuantizer": "quantizers",
     "ProductQuantizer": "quantizers",
     "ResidualQuantizer": "quantizers",
@@ -52,6 +54,7 @@ __all__ = [
     "InternalError",
     "KMeans",
     "LowRankQuantizer",
+    "MixedPrecisionQuantizer",
     "OptimizedProductQuantizer",
     "ProductQuantizer",
     "ResidualQuantizer",

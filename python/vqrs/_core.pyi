@@ -89,6 +89,31 @@ class Table:
         metadata: Mapping[str, str] | None = None,
     ) -> Table:
         """``errors`` holds at least ``relative``; see ``info``."""
+    @staticmethod
+    def from_parts(
+        description: str,
+        tensors: Mapping[str, NDArray[Any]],
+        codes: NDArray[np.uint8],
+        *,
+        errors: Mapping[str, float],
+        names: Sequence[str] | None = None,
+        metadata: Mapping[str, str] | None = None,
+    ) -> Table:
+        """A table in memory from JSON text with its kind, parameters and decoder, the decoder's tensors, and codes."""
+    @staticmethod
+    def from_groups(
+        codecs: Sequence[Codec],
+        codes: Sequence[NDArray[np.uint8]],
+        group_of: NDArray[np.uint8],
+        *,
+        kind: str,
+        parameters: Mapping[str, Any],
+        errors: Mapping[str, float],
+        names: Sequence[str] | None = None,
+        metadata: Mapping[str, str] | None = None,
+    ) -> Table:
+        """A table in memory of groups of rows with a codec each: ``group_of`` tells each row's, ``codes`` are the groups'
+        own, their rows in the order of the table."""
     def with_tensors(self, tensors: Mapping[str, NDArray[Any]]) -> Table:
         """The same codes, names and metadata with other values in the decoder's tensors (same names and shapes;
         float32 values are rounded to the stored type). ``relative_error`` becomes NaN: it is no longer known."""

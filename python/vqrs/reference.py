@@ -35,6 +35,7 @@ __all__ = [
     "decode_join",
     "decode_levels",
     "decode_linear",
+    "decode_segments",
     "decode_trellis",
     "encode_kmeans",
     "encode_product",
@@ -42,6 +43,7 @@ __all__ = [
     "encode_scalar",
     "encode_trellis",
     "fused_multiply_add",
+    "groups_of_rows",
     "pack_bits",
     "pool",
     "project",
@@ -295,12 +297,55 @@ def decode_trellis(description: Mapping[str, Any], tensors: Tensors, codes: NDAr
     return levels[tables, states] * tensors["columns"] * tensors["scales"][numbers][:, None]
 
 
+def decode_segments(description: Mapping[str, Any], tensors: Tensors, codes: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """Form "segments": groups of rows with a decoder each.
+
+    All codes together are the groups' codes, one behind the other, padded with zeros to rows of equal length. Without
+    a ``map`` the groups' rows follow each other; else it tells each row's group in ⌈log₂ groups⌉ bits.
+
+    Parameters and the result are those of :func:`decode`; codes must be those of the whole table.
+
+    Examples
+    --------
+    >>> groups = [{"rows": 1, "decoder": {"form": "levels", "dim": 1, "dtype": "float16"}}] * 2
+    >>> codes = np.array([[1.0], [2.0]], np.float16).view(np.uint8)
+    >>> decode_segments({"dim": 1, "map": True, "groups": groups}, {"map": np.array([0b01], np.uint8)}, codes)
+    array([[2.],
+           [1.]], dtype=float32)
+    """
+    group_of = groups_of_rows(description, tensors.get("map"))
+    rows = np.zeros((len(group_of), description["dim"]), np.float32)
+    flat, start = codes.reshape(-1), 0
+    for number, group in enumerate(description["groups"]):
+        width = row_bytes(group["decoder"])
+        own = flat[start : start + group["rows"] * width].reshape(group["rows"], width)
+        rows[group_of == number] = decode(group["decoder"], _inner(tensors, f"groups.{number}."), own)
+        start += own.size
+    return rows
+
+
+def groups_of_rows(description: Mapping[str, Any], packed: NDArray[np.uint8] | None) -> NDArray[np.int64]:
+    """The group of each row of a table of the form "segments".
+
+    Examples
+    --------
+    >>> groups_of_rows({"groups": [{"rows": 1}, {"rows": 2}]}, None)
+    array([0, 1, 1])
+    """
+    counts = [group["rows"] for group in description["groups"]]
+    if packed is None:
+        return np.repeat(np.arange(len(counts)), counts)
+    bits = max(len(counts) - 1, 1).bit_length()
+    return unpack_bits(packed[None, :], bits, sum(counts))[0]
+
+
 FORMS = {
     "books": decode_books,
     "levels": decode_levels,
     "linear": decode_linear,
     "join": decode_join,
     "trellis": decode_trellis,
+    "segments": decode_segments,
 }
 
 
@@ -314,6 +359,10 @@ def row_bytes(description: Mapping[str, Any]) -> int:
     """
     if description["form"] == "linear":
         return row_bytes(description["inner"])
+    if description["form"] == "segments":
+        groups = description["groups"]
+        total = sum(group["rows"] * row_bytes(group["decoder"]) for group in groups)
+        return -(-total // sum(group["rows"] for group in groups))
     if description["form"] == "join":
         return sum(row_bytes(part) for part in description["parts"])
     return ROW_BYTES[description["form"]](description)

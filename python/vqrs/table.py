@@ -538,8 +538,8 @@ class Table:
     def __reduce__(self) -> tuple[Any, ...]:
         if self.path is not None and not self._core.closed:
             return open, (os.path.abspath(self.path), self._verify, "mmap" if self._core.mapped else "read")
-        errors = json.loads(self._core.info())["errors"]
-        return _from_parts, (*self._core.codec().to_parts(), self.codes, errors, self.names, self.metadata)
+        about, tensors = self._core.info(), self._core.tensors()
+        return _from_parts, (about, tensors, self.codes, json.loads(about)["errors"], self.names, self.metadata)
 
 
 def _from_parts(
@@ -550,8 +550,8 @@ def _from_parts(
     names: Sequence[str] | None,
     metadata: Mapping[str, str],
 ) -> Table:
-    codec = _core.Codec.from_parts(description, tensors)
-    return Table(_core.Table.from_codec(codec, codes, errors=errors, names=names, metadata=metadata))
+    core = _core.Table.from_parts(description, tensors, codes, errors=errors, names=names, metadata=metadata)
+    return Table(core)
 
 
 def _rows_of_mask(mask: NDArray[np.bool_], n_rows: int) -> NDArray[np.int64]:

@@ -226,8 +226,13 @@ class _TableModule(nn.Module):
         old_codes = _as_tensor(core.codes())
         tensors, codes = self.decoder.stored_values(old_codes)
         if codes is not old_codes:
-            core = _core.Table.from_codec(
-                core.codec(), codes.numpy(), errors={"relative": math.nan}, names=core.names(), metadata=core.metadata
+            core = _core.Table.from_parts(
+                core.info(),
+                core.tensors(),
+                codes.numpy(),
+                errors={"relative": math.nan},
+                names=core.names(),
+                metadata=core.metadata,
             )
         return vqrs.Table(core.with_tensors(_as_arrays(tensors)) if tensors else core)
 
@@ -258,7 +263,7 @@ class _TableModule(nn.Module):
 
     def _gather(self, ids: Tensor) -> Tensor:
         """Rows of one-dimensional ids, by torch's own operators."""
-        rows = self.decoder(F.embedding(ids, self.codes), ids)
+        rows = self.decoder(F.embedding(ids, self.codes) if self.decoder.rows_apart else self.codes, ids)
         if self.padding_idx is None or not self.trainable:
             return rows
         return torch.where((ids == self.padding_idx)[:, None], rows.detach(), rows)
@@ -311,8 +316,7 @@ class _TableModule(nn.Module):
         """What ``state_dict`` holds beside codes and decoder: JSON text that says how to read them, as uint8."""
         info = self._table.info()
         state = {
-            "codec": self._table._core.codec().to_parts()[0],
-            "decoder": info["decoder"],
+            **{key: info[key] for key in ("kind", "parameters", "decoder")},
             "errors": info["errors"],
             "trainable": self.trainable,
         }
@@ -352,8 +356,10 @@ class _TableModule(nn.Module):
         tensors = {name.removeprefix("decoder."): state[name].detach().cpu().clone() for name in names}
         decoder = FORMS[description["form"]](description, tensors, described["trainable"])
         stored, codes = decoder.stored_values(codes)
-        codec = _core.Codec.from_parts(described["codec"], _as_arrays(stored))
-        core = _core.Table.from_codec(codec, codes.contiguous().numpy(), errors=described["errors"])
+        arrays = _as_arrays(stored)
+        core = _core.Table.from_parts(
+            json.dumps(described), arrays, codes.contiguous().numpy(), errors=described["errors"]
+        )
         exact = decoder if self.trainable and described["trainable"] else None  # what a table would round
         self._adopt(vqrs.Table(core), exact)
 

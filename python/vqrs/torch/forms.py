@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vqrs.reference import random_sign, row_bytes, trellis_layout, trellis_levels
+from vqrs.reference import groups_of_rows, random_sign, row_bytes, trellis_layout, trellis_levels
 
 __all__ = [
     "BooksDecoder",
@@ -28,6 +28,7 @@ __all__ = [
     "JoinDecoder",
     "LevelsDecoder",
     "LinearDecoder",
+    "SegmentsDecoder",
     "decoder_from_parts",
     "unpack_bits",
 ]
@@ -79,6 +80,9 @@ class Decoder(nn.Module):
         Frozen: the stored tensors. Trainable: what :meth:`real_values` gives of them.
     trainable : bool
     """
+
+    rows_apart: ClassVar[bool] = True
+    """Whether the codes of a row stand by themselves; else ``forward`` takes those of the whole table."""
 
     def __init__(self, description: Mapping[str, Any], tensors: Tensors, trainable: bool) -> None:
         super().__init__()
@@ -373,13 +377,90 @@ class TrellisDecoder(Decoder):
         return levels * self.columns * F.embedding(number, self.scales[:, None])
 
 
+class SegmentsDecoder(Decoder):
+    """Groups of rows with a decoder each, the modules ``groups``.
+
+    It reads the codes of the whole table: those of one row are not beside its number.
+    """
+
+    rows_apart = False
+
+    def __init__(self, description: Mapping[str, Any], tensors: Tensors, trainable: bool) -> None:
+        super().__init__(description, {}, trainable)
+        self.counts = [group["rows"] for group in description["groups"]]
+        self.sizes = [row_bytes(group["decoder"]) for group in description["groups"]]
+        packed = tensors.get("map")
+        self.register_buffer("map", packed)
+        group_of = torch.from_numpy(groups_of_rows(description, None if packed is None else packed.numpy()))
+        # A row's number within its group: how many of that group stand before it.
+        rank = torch.empty_like(group_of)
+        for number, count in enumerate(self.counts):
+            rank[group_of == number] = torch.arange(count)
+        self.register_buffer("group_of", group_of, persistent=False)
+        self.register_buffer("rank", rank, persistent=False)
+        groups = [group["decoder"] for group in description["groups"]]
+        inner = (_inner(tensors, f"groups.{number}.") for number in range(len(groups)))
+        self.groups = nn.ModuleList(
+            FORMS[group["form"]](group, held, trainable) for group, held in zip(groups, inner, strict=True)
+        )
+
+    def _cut(self, codes: Tensor) -> list[Tensor]:
+        """The codes of each group."""
+        return _codes_of_groups(codes, self.counts, self.sizes)
+
+    @staticmethod
+    def real_values(description: Mapping[str, Any], stored: Tensors, codes: Tensor) -> dict[str, Tensor]:
+        """What trains of the groups, and the map."""
+        groups = [group["decoder"] for group in description["groups"]]
+        counts = [group["rows"] for group in description["groups"]]
+        values = {"map": stored["map"]} if "map" in stored else {}
+        cuts = _codes_of_groups(codes, counts, [row_bytes(group) for group in groups])
+        for number, (group, cut) in enumerate(zip(groups, cuts, strict=True)):
+            found = FORMS[group["form"]].real_values(group, _inner(stored, f"groups.{number}."), cut)
+            values |= {f"groups.{number}.{name}": value for name, value in found.items()}
+        return values
+
+    def stored_values(self, codes: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        """Tensors and codes of the groups, and the map."""
+        stored, pieces = {}, []
+        for number, (group, cut) in enumerate(zip(self.groups, self._cut(codes), strict=True)):
+            values, piece = group.stored_values(cut)
+            stored |= {f"groups.{number}.{name}": value for name, value in values.items()}
+            pieces.append(piece.reshape(-1))
+        flat = torch.cat(pieces)
+        flat = F.pad(flat, (0, codes.numel() - flat.numel()))
+        return stored | ({} if self.map is None else {"map": self.map}), flat.reshape(codes.shape)
+
+    def forward(self, codes: Tensor, ids: Tensor) -> Tensor:
+        """Decode rows; see :meth:`Decoder.forward`. ``codes`` are those of all rows of the table."""
+        group_of, rank = self.group_of[ids], self.rank[ids]
+        rows: Tensor | None = None
+        for number, (group, cut) in enumerate(zip(self.groups, self._cut(codes), strict=True)):
+            # Rows of other groups are read as row 0 and not taken: shapes then do not depend on values.
+            own = group_of == number
+            local = torch.where(own, rank, 0)
+            part = group(F.embedding(local, cut), local) if len(cut) else None
+            if part is not None:
+                rows = part if rows is None else torch.where(own[:, None], part, rows)
+        assert rows is not None
+        return rows
+
+
 FORMS: dict[str, type[Decoder]] = {
     "books": BooksDecoder,
     "levels": LevelsDecoder,
     "linear": LinearDecoder,
     "join": JoinDecoder,
     "trellis": TrellisDecoder,
+    "segments": SegmentsDecoder,
 }
+
+
+def _codes_of_groups(codes: Tensor, counts: list[int], sizes: list[int]) -> list[Tensor]:
+    """The codes of each group, rows of their own length."""
+    lengths = [count * size for count, size in zip(counts, sizes, strict=True)]
+    cuts = codes.reshape(-1)[: sum(lengths)].split(lengths)
+    return [cut.reshape(count, size) for cut, count, size in zip(cuts, counts, sizes, strict=True)]
 
 
 def _own(tensors: Tensors) -> dict[str, Tensor]:
@@ -394,7 +475,7 @@ def _inner(tensors: Tensors, prefix: str) -> dict[str, Tensor]:
 
 def _held_name(name: str) -> str:
     """A name that torch allows: dots only between modules."""
-    modules = re.match(r"(?:inner\.|parts\.\d+\.)*", name)
+    modules = re.match(r"(?:inner\.|(?:parts|groups)\.\d+\.)*", name)
     assert modules is not None
     return modules[0] + name[modules.end() :].replace(".", "_")
 

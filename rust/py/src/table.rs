@@ -12,7 +12,7 @@ use serde_json::{Map, Value};
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
-use vqrs_core::decoder::Metric;
+use vqrs_core::decoder::{Decoder, Metric, Segments};
 use vqrs_core::error::Error;
 use vqrs_core::kernels::Ids;
 use vqrs_core::pool::Context;
@@ -149,6 +149,73 @@ impl Table {
         Ok(Table::of(table))
     }
 
+    #[staticmethod]
+    #[pyo3(signature = (description, tensors, codes, *, errors, names=None, metadata=None))]
+    fn from_parts(
+        py: Python<'_>,
+        description: &str,
+        tensors: &Bound<'_, PyDict>,
+        codes: PyReadonlyArray2<'_, u8>,
+        errors: &Bound<'_, PyAny>,
+        names: Option<&Bound<'_, PyAny>>,
+        metadata: Option<&Bound<'_, PyAny>>,
+    ) -> PyResult<Self> {
+        let bad = |why: String| PyValueError::new_err(format!("not the description of a table: {why}"));
+        let object: Map<String, Value> = serde_json::from_str(description).map_err(|e| bad(e.to_string()))?;
+        let part =
+            |key: &str| object.get(key).and_then(Value::as_object).cloned().ok_or_else(|| bad(format!("no {key}")));
+        let kind = object.get("kind").and_then(Value::as_str).ok_or_else(|| bad("no kind".into()))?;
+        let decoder = checked(Decoder::from_parts(&part("decoder")?, &tensors_from(tensors)?))?;
+        let (rows, codes) = (codes.as_array().nrows(), codes.as_slice()?);
+        let (names, metadata) = (names.map(texts).transpose()?, strings(metadata)?);
+        let about = About {
+            kind: kind.into(),
+            parameters: part("parameters")?,
+            errors: to_json(errors)?,
+            metadata: metadata.clone(),
+        };
+        let table = detached(py, || {
+            let table = table::Table::new(decoder, Buffer::copy_of(codes), rows, about)?;
+            table.with_metadata(names.as_deref(), metadata)
+        })?;
+        Ok(Table::of(table))
+    }
+
+    #[staticmethod]
+    #[pyo3(signature = (codecs, codes, group_of, *, kind, parameters, errors, names=None, metadata=None))]
+    fn from_groups(
+        py: Python<'_>,
+        codecs: Vec<PyRef<'_, Codec>>,
+        codes: Vec<PyReadonlyArray2<'_, u8>>,
+        group_of: PyReadonlyArray1<'_, u8>,
+        kind: &str,
+        parameters: &Bound<'_, PyAny>,
+        errors: &Bound<'_, PyAny>,
+        names: Option<&Bound<'_, PyAny>>,
+        metadata: Option<&Bound<'_, PyAny>>,
+    ) -> PyResult<Self> {
+        let decoders = codecs.iter().map(|codec| codec.codec.decoder().clone()).collect();
+        let segments = checked(Segments::new(decoders, group_of.as_slice()?))?;
+        let mut all = Vec::with_capacity(segments.code_bytes());
+        for ((range, decoder), codes) in segments.groups().zip(&codes) {
+            if codes.as_slice()?.len() != range.len() || codes.as_array().ncols() != decoder.row_bytes() {
+                let expected = format!("{} bytes in rows of {}", range.len(), decoder.row_bytes());
+                return Err(to_py(Error::shape("codes", format!("{} bytes", codes.as_slice()?.len()), expected)));
+            }
+            all.extend_from_slice(codes.as_slice()?);
+        }
+        let (rows, decoder) = (segments.rows(), Decoder::Segments(segments));
+        all.resize(rows * decoder.row_bytes(), 0);
+        let names = names.map(texts).transpose()?;
+        let (errors, metadata) = (to_json(errors)?, strings(metadata)?);
+        let about = About { kind: kind.into(), parameters: to_json(parameters)?, errors, metadata: metadata.clone() };
+        let table = detached(py, || {
+            let table = table::Table::new(decoder, Buffer::copy_of(&all), rows, about)?;
+            table.with_metadata(names.as_deref(), metadata)
+        })?;
+        Ok(Table::of(table))
+    }
+
     fn with_tensors(&self, tensors: &Bound<'_, PyDict>) -> PyResult<Self> {
         Ok(Table::of(checked(self.get()?.with_tensors(&tensors_from(tensors)?))?))
     }
@@ -225,6 +292,10 @@ impl Table {
     fn codec(&self) -> PyResult<Codec> {
         let table = self.get()?;
         let about = table.about();
+        if !table.decoder().rows_apart() {
+            let text = "a table of groups has a codec for each of them and none for all: encode with the quantizer";
+            return Err(PyValueError::new_err(text));
+        }
         let codec = quantizer::Codec::new(&about.kind, about.parameters.clone(), table.decoder().clone());
         Ok(Codec::new(checked(codec)?, self.relative_error()?))
     }

@@ -7,12 +7,14 @@ mod books;
 mod join;
 mod levels;
 mod linear;
+mod segments;
 mod trellis;
 
 pub use books::{Books, CodebookDtype, GroupSpec};
 pub use join::{Join, Joining};
 pub use levels::{Granularity, Levels, LevelsSpec, Number};
 pub use linear::{Linear, LinearMap, MatrixDtype, Rotation};
+pub use segments::Segments;
 pub use trellis::{Trellis, TrellisSpec, MOST_SCALE_BITS};
 
 use crate::error::{Error, Result};
@@ -31,6 +33,7 @@ const FORMS: &[(&str, Read)] = &[
     (Linear::FORM, |spec, tensors| Ok(Decoder::Linear(Linear::from_parts(parse(spec)?, tensors)?.into()))),
     (Join::FORM, |spec, tensors| Ok(Decoder::Join(Join::from_parts(parse(spec)?, tensors)?))),
     (Trellis::FORM, |spec, tensors| Ok(Decoder::Trellis(Trellis::from_parts(parse(spec)?, tensors)?))),
+    (Segments::FORM, |spec, tensors| Ok(Decoder::Segments(Segments::from_parts(parse(spec)?, tensors)?))),
 ];
 
 /// What every form can do. Ids must be inside the codes; everything runs on the calling thread.
@@ -43,6 +46,11 @@ pub trait Form {
 
     /// Bytes of a row's code.
     fn row_bytes(&self) -> usize;
+
+    /// Whether a row's code stands by itself. Else all codes together are a table's, of as many rows as the form knows.
+    fn rows_apart(&self) -> bool {
+        true
+    }
 
     /// Decodes some rows of a call as float32.
     fn decode_floats(&self, rows: &Rows, out: &mut [f32]);
@@ -126,6 +134,8 @@ pub enum Decoder {
     Join(Join),
     /// Circular streams of bits, of which each column reads a window.
     Trellis(Trellis),
+    /// Groups of rows with decoders of their own.
+    Segments(Segments),
 }
 
 impl Decoder {
@@ -137,6 +147,7 @@ impl Decoder {
             Decoder::Linear(form) => form.as_ref(),
             Decoder::Join(form) => form,
             Decoder::Trellis(form) => form,
+            Decoder::Segments(form) => form,
         }
     }
 
@@ -169,6 +180,11 @@ impl Decoder {
     /// Bytes of a row's code.
     pub fn row_bytes(&self) -> usize {
         self.get().row_bytes()
+    }
+
+    /// See [`Form::rows_apart`].
+    pub fn rows_apart(&self) -> bool {
+        self.get().rows_apart()
     }
 
     /// Decodes the rows `ids` of `codes` into `out`, on the calling thread. Ids must be inside the codes.

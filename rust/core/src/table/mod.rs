@@ -82,6 +82,15 @@ pub struct Table {
 impl Table {
     /// The one door: checks that the codes are whole rows of the decoder.
     pub fn new(decoder: Decoder, codes: Buffer, rows: usize, about: About) -> Result<Self> {
+        if let Decoder::Segments(segments) = &decoder {
+            if segments.rows() != rows {
+                return Err(Error::shape(
+                    "codes",
+                    format!("{rows} rows"),
+                    format!("{}, as the groups", segments.rows()),
+                ));
+            }
+        }
         if Some(codes.bytes().len()) != rows.checked_mul(decoder.row_bytes()) {
             let found = format!("{} bytes", codes.bytes().len());
             return Err(Error::shape("codes", found, format!("{rows} rows of {} bytes", decoder.row_bytes())));
@@ -328,6 +337,10 @@ impl Table {
 
     /// Checks the scales inside rows, which checksums say nothing of.
     fn check_scales(&self, ctx: &Context) -> Result<()> {
+        if !self.decoder.rows_apart() {
+            let bad = self.decoder.bad_row(self.codes());
+            return bad.map_or(Ok(()), |row| Err(self.damage(format!("row {row} holds NaN or infinity"))));
+        }
         let bytes = self.row_bytes();
         let parts = self.rows.div_ceil(TASK_ROWS);
         ctx.stage("scales", parts as u64);
@@ -384,6 +397,9 @@ impl Table {
 
     fn touch_ids(&self, ids: Ids) -> Result<()> {
         let Some(file) = self.file.as_ref().filter(|file| file.is_lazy()) else { return Ok(()) };
+        if !self.decoder.rows_apart() {
+            return file.touch(0..self.rows);
+        }
         match ids {
             Ids::Range { start, len } => file.touch(start..start + len),
             _ => (0..ids.len()).try_for_each(|index| file.touch(ids.get(index)..ids.get(index) + 1)),
