@@ -81,7 +81,7 @@ def test_budget_is_kept_and_used(x, weight, n_bits):
     mixed = MixedPrecisionQuantizer(quantizers(), n_bits=n_bits, random_state=0).fit(x, sample_weight=weight)
     table = mixed.compress(x, sample_weight=weight)
     assert table.nbytes <= mixed.estimate(N_ROWS, DIM) == n_bits * N_ROWS * DIM / 8
-    # Rows take whole bytes together, and the file's own bytes are set aside at most: a byte a row and these may be left.
+    # Rows take whole bytes together, and the file has bytes of its own: no more than these may be left.
     assert table.nbytes >= mixed.estimate(N_ROWS, DIM) - 2 * N_ROWS - 16_384
 
 
@@ -174,7 +174,7 @@ def test_a_map_that_names_more_rows_than_a_group_has_is_refused(x, weight):
         _core.Table.from_parts(about, tensors, table.codes, errors={"relative": 0.0})
     described = json.loads(about)
     described["decoder"]["groups"][0]["rows"] += 1
-    with pytest.raises(ValueError, match="map|rows"):
+    with pytest.raises(ValueError, match=r"map|rows"):
         _core.Table.from_parts(json.dumps(described), table._core.tensors(), table.codes, errors={"relative": 0.0})
 
 
