@@ -52,8 +52,16 @@ fn books(dim: usize, count: usize, width: usize, dtype: CodebookDtype) -> Decode
 }
 
 fn levels(dim: usize, dtype: Number, granularity: Granularity) -> Decoder {
-    let spec =
-        LevelsSpec { dim, dtype, granularity, block_size: 32, symmetric: false, scale_factor: 1.0, offset_factor: 1.0 };
+    let spec = LevelsSpec {
+        dim,
+        dtype,
+        granularity,
+        block_size: 32,
+        symmetric: false,
+        scale_dtype: Default::default(),
+        scale_factor: 1.0,
+        offset_factor: 1.0,
+    };
     Decoder::Levels(Levels::new(spec, None).expect("levels"))
 }
 

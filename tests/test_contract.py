@@ -29,11 +29,13 @@ PARAMETERS = {
         {"n_clusters": 6},
         {"n_clusters": 17, "codebook_dtype": "float32"},
         {"n_clusters": 4, "codebook_dtype": "bfloat16", "max_iter": 3},
+        {"n_clusters": 12, "codebook_dtype": "int8"},
     ],
     "product": [
         {"n_subvectors": 3, "n_bits": 3},
         {"n_subvectors": 2, "n_bits": 8, "codebook_dtype": "float32"},
         {"n_subvectors": 4, "n_bits": 1, "codebook_dtype": "bfloat16"},
+        {"n_subvectors": 3, "n_bits": 3, "codebook_dtype": "int8"},
         {"n_subvectors": 3, "n_bits": 3, "center": True, "rotation": "random"},
         {"n_subvectors": 2, "n_bits": 3, "rotation": "dense", "rotation_dtype": "float32"},
         {"n_subvectors": 2, "n_bits": 3, "center": True, "rotation": "pca", "rotation_dtype": "int8"},
@@ -49,6 +51,7 @@ PARAMETERS = {
     "residual": [
         {"n_stages": 3, "n_bits": 3, "beam_width": 4},
         {"n_stages": 2, "n_bits": 5, "beam_width": 1, "n_refinements": 0, "codebook_dtype": "float32"},
+        {"n_stages": 3, "n_bits": 2, "n_refinements": 0, "codebook_dtype": "int8"},
     ],
     "scalar": [
         {"dtype": "float16"},
@@ -62,12 +65,37 @@ PARAMETERS = {
         {"dtype": "int2"},
         {"dtype": "int2", "clip": "minmax"},
         {"dtype": "int2", "center": True, "residual": PRODUCT_BEHIND},
+        {"dtype": "int6"},
+        {"dtype": "int5", "granularity": "block", "block_size": 4, "symmetric": True, "scale_dtype": "float8"},
+        {"dtype": "int3", "granularity": "column"},
+        {"dtype": "float8"},
+        {"dtype": "float8", "granularity": "column"},
+        {"dtype": "nf4", "granularity": "block", "block_size": 4},
+        {"dtype": "nf4", "granularity": "column"},
+        {"dtype": "float4", "clip": "minmax", "granularity": "block", "block_size": 3, "scale_dtype": "float8"},
+        {"dtype": "free4"},
+        {"dtype": "free4", "granularity": "block", "block_size": 8},
     ],
     "trellis": [
         {"n_bits": 2, "state_bits": 8},
         {"n_bits": 3.3, "state_bits": 6, "bit_allocation": "variance", "rotation_dtype": "float32"},
         {"n_bits": 1.7, "state_bits": 9, "scale_bits": 1, "rotation": None},
     ],
+    "rotated": [
+        {"n_bits": 1},
+        {"n_bits": 3, "scale_dtype": "float8"},
+        {"n_bits": 4},
+        {"n_bits": 5},
+        {"n_bits": 8},
+        {"n_bits": 2, "estimator": "unbiased"},
+    ],
+    "sparse": [
+        {"density": 0.5, "dtype": "float32"},
+        {"density": 0.3},
+        {"density": 0.1, "rotation": "pca", "center": True},
+        {"density": 0.8, "dtype": "int8"},
+    ],
+    "deduplicating": [{}, {"codebook_dtype": "float16"}, {"tolerance": 1e-9}],
 }
 """Parameters to try each kind with; a kind without a line is tried with its defaults."""
 
@@ -77,7 +105,9 @@ RATES = {
     "optimized-product": [{"n_subvectors": 2, "n_bits": bits} for bits in (1, 2, 3, 4, 5)],
     "low-rank": [{"n_components": n} for n in (1, 2, 3, 4, 5)],
     "residual": [{"n_stages": stages, "n_bits": 2} for stages in (1, 2, 3, 4)],
-    "scalar": [{"dtype": dtype} for dtype in ("int2", "int4", "int8", "float16")],
+    "scalar": [{"dtype": dtype} for dtype in ("int2", "int3", "int4", "int5", "int6", "int8", "float16")],
+    "rotated": [{"n_bits": bits} for bits in range(1, 9)],
+    "sparse": [{"density": density} for density in (0.1, 0.3, 0.5, 0.8)],
     "trellis": [{"n_bits": bits} for bits in (1, 2, 3, 5, 8)],
 }
 """Parameters of growing rate: the error must not grow."""
@@ -104,6 +134,14 @@ EXEMPT = [
         {"granularity": "block", "symmetric": True},
         "the largest value may not use the top level",
     ),
+    ("fixed point", "scalar", {"dtype": "nf4"}, "the largest value may not use the top level"),
+    ("fixed point", "rotated", {}, "the largest value may not use the top level"),
+    ("fixed point", "sparse", {"center": True}, "values that were left out come back by the rotation"),
+    ("permutation", "deduplicating", {}, "rows that are kept stand in the order in which they were met"),
+    ("scaling", "deduplicating", {"tolerance": 1e-9}, "the tolerance does not scale"),
+    ("doubling", "sparse", {"center": True}, "values that live in rows are no tensors"),
+    *(("mean row", "sparse", {"density": part}, "without the mean taken off, zero is far") for part in (0.3, 0.5, 0.8)),
+    ("seed", "deduplicating", {}, "nothing is drawn"),
 ]
 """(law, kind, parameters, why the law does not hold there)"""
 
@@ -242,14 +280,19 @@ def test_any_code_can_be_read(case):
     """Codebooks are padded, so that no byte of a code reads out of bounds; scales that are not finite are refused."""
     codec, _ = fit(case, normal(20, 7))
     codes = np.random.default_rng(1).integers(0, 256, size=(200, codec.row_bytes), dtype=np.uint8)
-    with np.errstate(invalid="ignore"):
+    with np.errstate(invalid="ignore", over="ignore"):
         expected = reference.decode(codec.description(), codec.tensors(), codes)
-    finite = np.isfinite(expected).all(axis=1)
-    assert finite.any()
-    assert np.array_equal(codec.decode(codes[finite]), expected[finite])
-    for row in codes[~finite]:
-        with pytest.raises(ValueError, match="NaN or infinity"):
-            codec.decode(row[None])
+    read = 0
+    for code, row in zip(codes, expected, strict=True):
+        try:
+            decoded = codec.decode(code[None])
+        except ValueError as error:
+            # Also where no column takes the number that is not finite.
+            assert "NaN or infinity" in str(error)  # noqa: PT017 - most rows are read
+            continue
+        assert np.array_equal(decoded[0], row)
+        read += 1
+    assert read > 0
 
 
 @every_case
@@ -352,6 +395,8 @@ def test_encode_is_the_reference_or_better(case, recipe):
     description, tensors, projected = reference.project(codec.description(), codec.tensors(), x)
     if description["form"] == "levels":
         expected = reference.encode_scalar(projected, description, tensors)
+    elif description["form"] == "sparse":
+        expected = reference.encode_sparse(projected, description)
     else:
         fields = REFERENCE_ENCODERS.get(codec.kind, greedy)(projected, codec)
         expected = reference.pack_bits(fields, description["bits"])
@@ -374,7 +419,7 @@ def test_no_encoder_falls_behind_the_greedy_one(case):
     assert ours <= theirs * 1.0001
 
 
-@every_case
+@pytest.mark.parametrize("case", cases("mean row"))
 def test_decodes_better_than_the_mean_row(case):
     x = normal(300, 8) + 5
     codec, codes = fit(case, x)
@@ -434,7 +479,8 @@ def test_a_decoded_row_decodes_to_itself(case, recipe):
     codec, codes = fit(case, x)
     decoded = codec.decode(codes)
     again = codec.decode(codec.encode(decoded))
-    bits = {"int8": 8, "int4": 4, "int2": 2}.get(case[1].get("dtype"))
+    dtype = case[1].get("dtype", "")
+    bits = int(dtype[-1]) if dtype.startswith("int") else None
     if bits is None:
         assert np.array_equal(again, decoded)
         return
@@ -448,7 +494,7 @@ def test_a_decoded_row_decodes_to_itself(case, recipe):
         assert np.sqrt(np.mean((again - decoded) ** 2)) <= step / 2 + rounding
 
 
-@every_case
+@pytest.mark.parametrize("case", cases("seed"))
 def test_seed_is_what_makes_fits_differ(case):
     """A fit is a function of its arguments; those with random choices use the seed for them."""
     x = normal(200, 6)
@@ -609,8 +655,10 @@ def test_tensors_can_be_replaced(case):
     table = table_of(case, normal(100, 6))
     tensors = {name: reference._as_float32(tensor) for name, tensor in table.tensors().items()}
     assert np.array_equal(table.with_tensors(tensors).decode(0, 100), table.decode(0, 100))
-    # Of a rotation and what it turns, or the scales of rows and columns, one factor is enough.
-    factors = {name: 1 if name.startswith("rotation") or name.endswith("scales") else 2 for name in tensors}
+    # Of a rotation and what it turns, or of levels or integers and their scales, one factor is enough.
+    factors = {name: 1 if name.startswith(("rotation", "scale")) or name.endswith("scales") else 2 for name in tensors}
+    if "offset" in tensors:
+        factors["scale"] = 2
     doubled = table.with_tensors({name: tensor * factors[name] for name, tensor in tensors.items()})
     assert np.array_equal(doubled.decode(0, 100), table.decode(0, 100) * (2 if tensors else 1))
     assert np.isnan(doubled.relative_error)

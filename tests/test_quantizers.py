@@ -9,7 +9,7 @@ from sklearn.base import clone
 from sklearn.exceptions import ConvergenceWarning, NotFittedError
 
 import vqrs
-from vqrs import ProductQuantizer, ResidualQuantizer, ScalarQuantizer, VectorQuantizer
+from vqrs import ProductQuantizer, ResidualQuantizer, RotatedQuantizer, ScalarQuantizer, VectorQuantizer
 from vqrs._encode import SAMPLE_ROWS, RowSample
 from vqrs._validation import as_jobs, as_matrix, as_parameters, as_seed, as_weights
 from vqrs.metrics import gaussian_bound, relative_error
@@ -19,6 +19,7 @@ QUANTIZERS = {
     "product": ProductQuantizer(n_subvectors=3, n_bits=4, random_state=0),
     "residual": ResidualQuantizer(n_stages=3, n_bits=4, random_state=0),
     "scalar": ScalarQuantizer(dtype="int4"),
+    "rotated": RotatedQuantizer(n_bits=4, random_state=0),
 }
 
 all_kinds = pytest.mark.parametrize("kind", QUANTIZERS)

@@ -28,29 +28,36 @@ if TYPE_CHECKING:
     from vqrs.cluster import KMeans
     from vqrs.mixed import MixedPrecisionQuantizer
     from vqrs.quantizers import (
+        DeduplicatingQuantizer,
         LowRankQuantizer,
         OptimizedProductQuantizer,
         ProductQuantizer,
         ResidualQuantizer,
+        RotatedQuantizer,
         ScalarQuantizer,
+        SparseQuantizer,
         TrellisQuantizer,
         VectorQuantizer,
     )
 
 _LAZY = {
+    "DeduplicatingQuantizer": "quantizers",
     "KMeans": "cluster",
     "LowRankQuantizer": "quantizers",
     "MixedPrecisionQuantizer": "mixed",
     "OptimizedProductQuantizer": "quantizers",
     "ProductQuantizer": "quantizers",
     "ResidualQuantizer": "quantizers",
+    "RotatedQuantizer": "quantizers",
     "ScalarQuantizer": "quantizers",
+    "SparseQuantizer": "quantizers",
     "TrellisQuantizer": "quantizers",
     "VectorQuantizer": "quantizers",
 }
 """Names whose modules need scikit-learn: imported when they are first used, so that the rest needs numpy alone."""
 
 __all__ = [
+    "DeduplicatingQuantizer",
     "InternalError",
     "KMeans",
     "LowRankQuantizer",
@@ -58,7 +65,9 @@ __all__ = [
     "OptimizedProductQuantizer",
     "ProductQuantizer",
     "ResidualQuantizer",
+    "RotatedQuantizer",
     "ScalarQuantizer",
+    "SparseQuantizer",
     "Table",
     "TableCorruptError",
     "TableError",

@@ -22,7 +22,10 @@ array([[1., 3.],
 from __future__ import annotations
 
 import functools
+import itertools
 import json
+import math
+import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -30,20 +33,25 @@ import numpy as np
 from numpy.typing import NDArray
 
 __all__ = [
+    "best_levels",
     "decode",
     "decode_books",
     "decode_join",
     "decode_levels",
     "decode_linear",
     "decode_segments",
+    "decode_sparse",
     "decode_trellis",
     "encode_kmeans",
     "encode_product",
     "encode_residual",
+    "encode_rotated",
     "encode_scalar",
+    "encode_sparse",
     "encode_trellis",
     "fused_multiply_add",
     "groups_of_rows",
+    "normal_levels",
     "pack_bits",
     "pool",
     "project",
@@ -148,7 +156,8 @@ def decode_books(description: Mapping[str, Any], tensors: Tensors, codes: NDArra
 
     ``codebooks.g`` holds the codebooks of group ``g``, of equal width, as an array of shape (n_codebooks, 2**bits,
     width); a row's code holds one field of ``bits`` bits for each codebook, in order. The scale is a power of two, so
-    that multiplying by it is exact, and entries are added in ``float32`` in the order of the codebooks.
+    that multiplying by it is exact, and entries are added in ``float32`` in the order of the codebooks. Codebooks of
+    ``int8`` have a scale each, in the tensor ``scales``, of so few bits that products with integers are exact.
 
     Parameters and the result are those of :func:`decode`.
 
@@ -171,17 +180,21 @@ def decode_books(description: Mapping[str, Any], tensors: Tensors, codes: NDArra
     ]
     fields = unpack_bits(codes, bits, len(places))
     rows = np.zeros((len(codes), description["dim"]), np.float32)
-    for field, (start, width, book) in zip(fields.T, places, strict=True):
-        rows[:, start : start + width] += scale * book[field]
+    scales = tensors.get("scales", np.full(len(places), scale, np.float32))
+    for field, factor, (start, width, book) in zip(fields.T, scales, places, strict=True):
+        columns = rows[:, start : start + width]
+        columns[:] = fused_multiply_add(book[field], factor, columns)
     return rows
 
 
 def decode_levels(description: Mapping[str, Any], tensors: Tensors, codes: NDArray[np.uint8]) -> NDArray[np.float32]:
     """Form "levels": a row is one small number for each value, with a scale and an offset for a row, block or column.
 
-    For ``float16`` and ``bfloat16`` the code is the values themselves. For ``int8``, ``int4`` and ``int2`` it is one
-    unsigned level for each value, and ``value = level * scale + offset`` in one rounding. Scales of a row or block
-    stand behind its levels as ``float16``, to be multiplied by a power of two that the whole table shares.
+    For ``float16`` and ``bfloat16`` the code is the values themselves. For ``int2`` to ``int8`` it is one unsigned
+    level for each value, and ``value = level * scale + offset`` in one rounding. For ``table1`` to ``table8`` the level
+    is a place in the tensor ``levels``, and ``value = levels[level] * scale``. Scales of a row or block stand behind
+    its levels as ``float16`` or one byte, to be multiplied by a power of two that the whole table shares. For ``free4``
+    the levels of the row or block itself stand there, sixteen of them.
 
     Parameters and the result are those of :func:`decode`.
 
@@ -198,14 +211,19 @@ def decode_levels(description: Mapping[str, Any], tensors: Tensors, codes: NDArr
     dim, dtype = description["dim"], description["dtype"]
     if dtype in ("float16", "bfloat16"):
         return _as_float32(np.ascontiguousarray(codes).view("<f2" if dtype == "float16" else "<u2"))
-    bits = int(dtype.removeprefix("int"))
-    levels = unpack_bits(codes, bits, dim).astype(np.float32)
-    if description["granularity"] == "column":
-        return fused_multiply_add(levels, tensors["scale"], tensors["offset"])
-    level_bytes = (dim * bits + 7) // 8
-    scale, offset = _stored_ranges(description, bits, codes[:, level_bytes:])
+    bits = int(dtype[-1])
+    places = unpack_bits(codes, bits, dim)
+    stored = codes[:, (dim * bits + 7) // 8 :]
     block = np.arange(dim) // _block_size(description)
-    return fused_multiply_add(levels, scale[:, block], offset[:, block])
+    if dtype == "free4":
+        own = np.ascontiguousarray(stored).view("<f2").astype(np.float32) * np.float32(description["scale_factor"])
+        return np.take_along_axis(own, block * 16 + places, axis=1)
+    levels = tensors["levels"][places] if dtype.startswith("table") else places.astype(np.float32)
+    if description["granularity"] == "column":
+        scale, offset = tensors["scale"], tensors.get("offset")
+    else:
+        scale, offset = (side[:, block] for side in _stored_ranges(description, bits, stored))
+    return levels * scale if dtype.startswith("table") else fused_multiply_add(levels, scale, offset)
 
 
 def decode_linear(description: Mapping[str, Any], tensors: Tensors, codes: NDArray[np.uint8]) -> NDArray[np.float32]:
@@ -339,6 +357,250 @@ def groups_of_rows(description: Mapping[str, Any], packed: NDArray[np.uint8] | N
     return unpack_bits(packed[None, :], bits, sum(counts))[0]
 
 
+def decode_sparse(description: Mapping[str, Any], tensors: Tensors, codes: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """Form "sparse": a row is ``kept`` values with their columns, and the others are zero.
+
+    The columns come first: a bit for each column of the row, or the numbers of the columns, rising. Then the values, as
+    ``float32``, as ``float16`` to be multiplied by a power of two that the whole table shares, or as ``int8`` with such
+    a ``float16`` scale behind them. Values whose column is named twice are added; columns outside the row are left out.
+
+    Parameters and the result are those of :func:`decode`.
+
+    Examples
+    --------
+    >>> description = {"dim": 4, "kept": 2, "dtype": "float16", "places": "bitmap", "scale_factor": 1.0}
+    >>> codes = np.concatenate([np.array([0b1010], np.uint8), np.array([3, -4], np.float16).view(np.uint8)])
+    >>> decode_sparse(description, {}, codes[None])
+    array([[ 0.,  3.,  0., -4.]], dtype=float32)
+    """
+    dim, kept, dtype = description["dim"], description["kept"], description["dtype"]
+    place_bytes = _place_bytes(description)
+    stored, factor = np.ascontiguousarray(codes[:, place_bytes:]), np.float32(description["scale_factor"])
+    if dtype == "int8":
+        scale = np.ascontiguousarray(stored[:, kept:]).view("<f2").astype(np.float32) * factor
+        values = stored[:, :kept].view(np.int8).astype(np.float32) * scale
+    elif dtype == "float16":
+        values = stored.view("<f2").astype(np.float32) * factor
+    else:
+        values = stored.view("<f4")
+    rows = np.zeros((len(codes), dim), np.float32)
+    for row, code, present in zip(rows, codes, values, strict=True):
+        if description["places"] == "bitmap":
+            columns = np.flatnonzero(unpack_bits(code[None, :place_bytes], 1, dim)[0])[:kept]
+        else:
+            columns = unpack_bits(code[None, :place_bytes], _column_bits(dim), kept)[0]
+        for column, value in zip(columns, present, strict=False):
+            if column < dim:
+                row[column] += value
+    return rows
+
+
+def _column_bits(dim: int) -> int:
+    return max((dim - 1).bit_length(), 1)
+
+
+def _place_bytes(description: Mapping[str, Any]) -> int:
+    """Bytes of a row that say which columns it keeps."""
+    if description["places"] == "bitmap":
+        return (description["dim"] + 7) // 8
+    return (description["kept"] * _column_bits(description["dim"]) + 7) // 8
+
+
+def _row_bytes_of_sparse(description: Mapping[str, Any]) -> int:
+    kept = description["kept"]
+    return (
+        _place_bytes(description) + {"float32": 4 * kept, "float16": 2 * kept, "int8": kept + 2}[description["dtype"]]
+    )
+
+
+def encode_sparse(x: NDArray[np.float32], description: Mapping[str, Any]) -> NDArray[np.uint8]:
+    """Magnitude pruning: the values of largest magnitude are kept, of equals those in the lowest columns.
+
+    Parameters
+    ----------
+    x : float32 array of shape (n_rows, dim)
+    description : the decoder's description
+
+    Returns
+    -------
+    uint8 array of shape (n_rows, row_bytes)
+
+    Examples
+    --------
+    >>> description = {"dim": 4, "kept": 2, "dtype": "float16", "places": "columns", "scale_factor": 1.0}
+    >>> codes = encode_sparse(np.array([[0.5, 3, 1, -4]], np.float32), description)
+    >>> decode_sparse(description, {}, codes)
+    array([[ 0.,  3.,  0., -4.]], dtype=float32)
+    """
+    dim, kept, factor = description["dim"], description["kept"], np.float32(description["scale_factor"])
+    columns = np.sort(np.argsort(-np.abs(x), axis=1, kind="stable")[:, :kept], axis=1)
+    values = np.take_along_axis(x, columns, axis=1)
+    if description["places"] == "bitmap":
+        present = np.zeros((len(x), dim), np.int64)
+        np.put_along_axis(present, columns, 1, axis=1)
+        places = pack_bits(present, 1)
+    else:
+        places = pack_bits(columns, _column_bits(dim))
+    if description["dtype"] == "float32":
+        return np.hstack([places, values.astype("<f4").view(np.uint8)])
+    if description["dtype"] == "float16":
+        return np.hstack([places, (values / factor).astype("<f2").view(np.uint8)])
+    stored = (np.abs(values).max(axis=1, keepdims=True) / np.float32(127) / factor).astype("<f2")
+    scale = stored.astype(np.float32) * factor
+    levels = np.clip(np.rint(values / np.where(scale > 0, scale, np.inf)), -127, 127).astype(np.int8)
+    return np.hstack([places, levels.view(np.uint8), stored.view(np.uint8)])
+
+
+def _nearest_places(x: NDArray[np.float64], levels: NDArray[np.floating]) -> NDArray[np.int64]:
+    """The place of the nearest level for each value."""
+    return np.abs(x[..., None] - np.asarray(levels, np.float64)).argmin(axis=-1)
+
+
+def _encode_table(x: NDArray[np.float32], description: Mapping[str, Any], tensors: Tensors) -> NDArray[np.uint8]:
+    """Places in a table of levels, and the scales of rows and blocks."""
+    levels = tensors["levels"]
+    bits = int(description["dtype"].removeprefix("table"))
+    if description["granularity"] == "column":
+        scale = np.asarray(tensors["scale"], np.float64)
+        return pack_bits(_nearest_places(x / np.where(scale > 0, scale, np.inf), levels), bits)
+    size, factor = _block_size(description), description["scale_factor"]
+    starts = range(0, x.shape[1], size)
+    reach = np.stack([np.abs(x[:, start : start + size]).max(axis=1) for start in starts], axis=1)
+    halves = (reach.astype(np.float64) / np.abs(levels).max() / factor).astype("<f2")
+    if description.get("scale_dtype", "float16") == "float8":
+        stored = np.maximum((halves.view(np.uint16) + 32) >> 6, reach > 0).astype(np.uint8)
+    else:
+        stored = np.ascontiguousarray(halves).view(np.uint8)
+    scale, _ = _stored_ranges(description, bits, stored)
+    scale = scale[:, np.arange(x.shape[1]) // size].astype(np.float64)
+    return np.hstack([pack_bits(_nearest_places(x / np.where(scale > 0, scale, np.inf), levels), bits), stored])
+
+
+def _encode_free(x: NDArray[np.float32], description: Mapping[str, Any]) -> NDArray[np.uint8]:
+    """Sixteen levels for each row or block."""
+    size, factor, rows = _block_size(description), description["scale_factor"], []
+    for row in x:
+        places, stored = [], []
+        for start in range(0, len(row), size):
+            values = row[start : start + size].astype(np.float64)
+            levels = np.resize(best_levels(values, 16), 16) / factor
+            stored.append(levels.astype("<f2"))
+            places.append(_nearest_places(values, stored[-1].astype(np.float64) * factor))
+        rows.append(np.hstack([pack_bits(np.hstack(places)[None], 4)[0], np.hstack(stored).view(np.uint8)]))
+    return np.stack(rows)
+
+
+def best_levels(values: NDArray[np.floating], count: int) -> NDArray[np.float64]:
+    """One-dimensional k-means, solved exactly: the means of the runs of sorted values with the least squared error.
+
+    Parameters
+    ----------
+    values : array of shape (n,)
+    count : how many levels; fewer come back where there are fewer values
+
+    Returns
+    -------
+    float64 array of at most ``count`` levels, in order
+
+    Examples
+    --------
+    >>> best_levels(np.array([0.0, 1.0, 10.0, 11.0, 30.0]), 3)
+    array([ 0.5, 10.5, 30. ])
+    """
+    ordered = np.sort(np.asarray(values, np.float64))
+    n, count = len(ordered), min(count, len(ordered))
+    cost = [
+        [((ordered[i:j] - ordered[i:j].mean()) ** 2).sum() if i < j else 0.0 for j in range(n + 1)] for i in range(n)
+    ]
+    best: list[tuple[float, tuple[int, ...]]] = [(cost[0][j], (0,)) for j in range(n + 1)]
+    for used in range(1, count):
+        ends = range(used + 1, n + 1)
+        longer = [min((best[i][0] + cost[i][j], (*best[i][1], i)) for i in range(used, j)) for j in ends]
+        best = [(np.inf, ())] * (used + 1) + longer
+    runs = np.split(ordered, best[n][1][1:])
+    return np.array([run.mean() for run in runs])
+
+
+def normal_levels(bits: int) -> NDArray[np.float32]:
+    """The levels of the normal distribution with the least squared error (Lloyd, 1957; Max, 1960).
+
+    Each level is the mean of the values nearest to it: Newton's method on those equations, from the quantiles of a
+    wider normal distribution.
+
+    Parameters
+    ----------
+    bits : 1 to 8
+
+    Returns
+    -------
+    float32 array of ``2**bits`` levels, in order
+
+    Examples
+    --------
+    >>> normal_levels(2)
+    array([-1.5104176 , -0.45278004,  0.45278004,  1.5104176 ], dtype=float32)
+    """
+    half = 2 ** (bits - 1)
+    wide = statistics.NormalDist(0, math.sqrt(3)).inv_cdf
+    levels = np.array([wide(0.5 + (i + 0.5) / (2 * half)) for i in range(half)])
+    for _ in range(50):
+        bounds = [0.0, *((levels[1:] + levels[:-1]) / 2), math.inf]
+        density = [math.exp(-bound * bound / 2) / math.sqrt(2 * math.pi) for bound in bounds]
+        means, slopes = np.empty(half), np.eye(half)
+        for i, (low, high) in enumerate(itertools.pairwise(bounds)):
+            # Differences of what is left beyond each end keep their digits far from zero, those of erf near it.
+            beyond = math.erfc(low / math.sqrt(2)) - math.erfc(high / math.sqrt(2))
+            share = (beyond if low > 1 else math.erf(high / math.sqrt(2)) - math.erf(low / math.sqrt(2))) / 2
+            means[i] = (density[i] - density[i + 1]) / share
+            if i > 0:
+                slopes[i, i - 1 : i + 1] -= density[i] * (means[i] - low) / share / 2
+            if i < half - 1:
+                slopes[i, i : i + 2] -= density[i + 1] * (high - means[i]) / share / 2
+        step = np.linalg.solve(slopes, levels - means)
+        levels = levels - step
+        if np.abs(step).max() < 1e-13:
+            break
+    return np.concatenate([-levels[::-1], levels]).astype(np.float32)
+
+
+def encode_rotated(
+    x: NDArray[np.floating], levels: NDArray[np.floating], *, rounds: int = 10
+) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """Levels of the normal distribution with a scale for each row (Zandieh et al. 2025); the rotation is not done here.
+
+    Levels and the scale with the least squared error follow each other, once from a scale that gives the values the
+    variance of the levels' distribution, and once from one that puts the largest value on the last level.
+
+    Parameters
+    ----------
+    x : array of shape (n_rows, d), rotated rows
+    levels : the levels of a scale of 1
+    rounds : how often levels and scale follow each other
+
+    Returns
+    -------
+    int64 places of shape (n_rows, d), and one scale a row
+
+    Examples
+    --------
+    >>> places, scales = encode_rotated(np.array([[3.0, -1.0, 1.0, -3.0]]), normal_levels(2))
+    >>> places
+    array([[3, 1, 2, 0]])
+    """
+    rows, table = np.asarray(x, np.float64), np.asarray(levels, np.float64)
+    best = np.full(len(rows), np.inf)
+    best_places, best_scales = np.zeros(rows.shape, np.int64), np.zeros(len(rows))
+    for scale in (np.sqrt((rows**2).mean(axis=1)), np.abs(rows).max(axis=1) / np.abs(table).max()):
+        for _ in range(rounds):
+            places = _nearest_places(rows / np.where(scale > 0, scale, np.inf)[:, None], table)
+            chosen = table[places]
+            scale = (rows * chosen).sum(axis=1) / (chosen**2).sum(axis=1)
+        error = ((rows - chosen * scale[:, None]) ** 2).sum(axis=1)
+        better = error < best
+        best[better], best_places[better], best_scales[better] = error[better], places[better], scale[better]
+    return best_places, best_scales
+
+
 FORMS = {
     "books": decode_books,
     "levels": decode_levels,
@@ -346,6 +608,7 @@ FORMS = {
     "join": decode_join,
     "trellis": decode_trellis,
     "segments": decode_segments,
+    "sparse": decode_sparse,
 }
 
 
@@ -377,10 +640,14 @@ def _row_bytes_of_levels(description: Mapping[str, Any]) -> int:
     dim, dtype = description["dim"], description["dtype"]
     if dtype in ("float16", "bfloat16"):
         return 2 * dim
-    levels = (dim * int(dtype.removeprefix("int")) + 7) // 8
+    levels = (dim * int(dtype[-1]) + 7) // 8
     if description["granularity"] == "column":
         return levels
     pairs = -(-dim // _block_size(description))
+    if dtype == "free4":
+        return levels + pairs * 32
+    if description.get("scale_dtype", "float16") == "float8":
+        return levels + pairs
     return levels + pairs * (2 if description["symmetric"] else 4)
 
 
@@ -388,6 +655,7 @@ ROW_BYTES = {
     "books": _row_bytes_of_books,
     "levels": _row_bytes_of_levels,
     "trellis": lambda description: description["row_bytes"],
+    "sparse": _row_bytes_of_sparse,
 }
 """Of the forms that hold no other decoder."""
 
@@ -547,7 +815,10 @@ def _stored_ranges(
     description: Mapping[str, Any], bits: int, stored: NDArray[np.uint8]
 ) -> tuple[NDArray[np.float32], ...]:
     """Scale and offset of each block of each row, from the bytes that stand behind its levels."""
-    halves = np.ascontiguousarray(stored).view("<f2").astype(np.float32)
+    if description.get("scale_dtype", "float16") == "float8":
+        halves = (stored.astype("<u2") << 6).view("<f2").astype(np.float32)
+    else:
+        halves = np.ascontiguousarray(stored).view("<f2").astype(np.float32)
     if description["symmetric"]:
         scale = halves * np.float32(description["scale_factor"])
         return scale, -scale * np.float32(2 ** (bits - 1))
@@ -728,7 +999,8 @@ def encode_scalar(x: NDArray[np.float32], description: Mapping[str, Any], tensor
     ``step = max |value| / (2**(b - 1) - 1)`` and level ``2**(b - 1)`` for zero. Steps and minima are rounded to
     ``float16`` before the levels are chosen: the minimum downwards, the step so that the top level reaches the
     maximum to within a thousandth of a step (and a row on such a grid finds the same grid again). Columns take the
-    scales in ``tensors``, which a fit has found.
+    scales in ``tensors``, which a fit has found. Levels of a table are scaled so that the largest one is the largest
+    magnitude; levels of a row's own are those with the least squared error.
 
     Parameters
     ----------
@@ -755,6 +1027,10 @@ def encode_scalar(x: NDArray[np.float32], description: Mapping[str, Any], tensor
         return x.astype("<f2").view(np.uint8)
     if dtype == "bfloat16":
         return _round_to_bfloat16(x).view(np.uint8)
+    if dtype == "free4":
+        return _encode_free(x, description)
+    if dtype.startswith("table"):
+        return _encode_table(x, description, tensors)
     bits, symmetric = int(dtype.removeprefix("int")), description["symmetric"]
     if description["granularity"] == "column":
         return pack_bits(_nearest_levels(x, tensors["scale"], tensors["offset"], bits, symmetric), bits)
@@ -856,13 +1132,20 @@ def _ranges(x: NDArray[np.float32], description: Mapping[str, Any], bits: int) -
     size, columns = _block_size(description), []
     for start in range(0, x.shape[1], size):
         block = x[:, start : start + size].astype(np.float64)
-        if description["symmetric"]:
+        if description.get("scale_dtype", "float16") == "float8":
+            reach, n_steps = np.abs(block).max(axis=1), 2 ** (bits - 1) - 1
+            halves = (reach / n_steps / scale_factor).astype("<f2").view(np.uint16)
+            nearest = np.maximum((halves + 32) >> 6, reach > 0)
+            step = (nearest << 6).astype("<u2").view("<f2").astype(np.float64) * scale_factor
+            columns.append((nearest + (step * (n_steps + COVERED) < reach)).astype(np.uint8))
+        elif description["symmetric"]:
             columns.append(_rounded_step(np.abs(block).max(axis=1) / scale_factor, 2 ** (bits - 1) - 1))
         else:
             minimum = _float16_below(block.min(axis=1) / offset_factor)
             reach = block.max(axis=1) - minimum.astype(np.float64) * offset_factor
             columns += [_rounded_step(reach / scale_factor, 2**bits - 1), minimum]
-    return np.stack(columns, axis=1).astype("<f2").view(np.uint8)
+    stored = np.stack(columns, axis=1)
+    return stored if stored.dtype == np.uint8 else stored.astype("<f2").view(np.uint8)
 
 
 def _rounded_step(reach: NDArray[np.float64], n_steps: int) -> NDArray[np.float16]:

@@ -16,6 +16,7 @@ TABLES = {
     "books-two-widths-float16-v1": ("product", {"n_subvectors": 2, "n_bits": 3}),
     "books-overlapping-bfloat16-v1": ("residual", {"n_stages": 3, "n_bits": 2, "codebook_dtype": "bfloat16"}),
     "books-single-float32-v1": ("kmeans", {"n_clusters": 5, "codebook_dtype": "float32"}),
+    "books-two-widths-int8-v1": ("product", {"n_subvectors": 2, "n_bits": 3, "codebook_dtype": "int8"}),
     "levels-row-int4-v1": ("scalar", {"dtype": "int4"}),
     "levels-block-int2-symmetric-v1": (
         "scalar",
@@ -24,6 +25,17 @@ TABLES = {
     "levels-column-int8-v1": ("scalar", {"dtype": "int8", "granularity": "column"}),
     "levels-float16-v1": ("scalar", {"dtype": "float16"}),
     "levels-bfloat16-v1": ("scalar", {"dtype": "bfloat16"}),
+    "levels-row-int6-v1": ("scalar", {"dtype": "int6"}),
+    "levels-float8-v1": ("scalar", {"dtype": "float8"}),
+    "levels-block-nf4-byte-scales-v1": (
+        "scalar",
+        {"dtype": "nf4", "granularity": "block", "block_size": 2, "scale_dtype": "float8"},
+    ),
+    "levels-free4-v1": ("scalar", {"dtype": "free4"}),
+    "levels-table3-v1": ("rotated", {"n_bits": 3, "center": False, "rotation": None}),
+    "linear-hadamard-table2-v1": ("rotated", {"n_bits": 2}),
+    "sparse-columns-float16-v1": ("sparse", {"density": 0.2}),
+    "sparse-bitmap-int8-v1": ("sparse", {"density": 0.6, "dtype": "int8"}),
 }
 N_ROWS, DIM = 20, 5
 

@@ -30,6 +30,7 @@ PARAMETERS = {
         {"n_subvectors": 2, "n_bits": 8},
         {"n_subvectors": 3, "n_bits": 5, "codebook_dtype": "float32"},
         {"n_subvectors": 3, "n_bits": 5, "codebook_dtype": "bfloat16"},
+        {"n_subvectors": 5, "n_bits": 3, "codebook_dtype": "int8"},
         {"n_subvectors": 5, "n_bits": 3, "center": True, "rotation": "random"},
         {"n_subvectors": 5, "n_bits": 3, "center": True, "rotation": "pca"},
         {"n_subvectors": 5, "n_bits": 3, "rotation": "dense", "rotation_dtype": "int8"},
@@ -42,7 +43,16 @@ PARAMETERS = {
         for granularity in ("row", "block", "column")
         for symmetric in (False, True)
     ]
-    + [{"dtype": "float16"}, {"dtype": "bfloat16"}],
+    + [{"dtype": "float16"}, {"dtype": "bfloat16"}]
+    + [{"dtype": dtype, "granularity": granularity} for dtype in ("int5", "nf4") for granularity in ("row", "column")]
+    + [
+        {"dtype": "float8", "granularity": "block", "block_size": 4, "scale_dtype": "float8"},
+        {"dtype": "int6", "symmetric": True, "scale_dtype": "float8"},
+        {"dtype": "free4"},
+        {"dtype": "free4", "granularity": "block", "block_size": 6},
+    ],
+    "rotated": [{"n_bits": 1}, {"n_bits": 3, "rotation": None, "center": False}, {"n_bits": 4, "rotation": "dense"}],
+    "sparse": [{"density": 0.5}, {"density": 0.1, "dtype": "int8"}, {"density": 0.7, "dtype": "float32"}],
 }
 """Parameters to try of a kind; a kind that is not named here is tried with its defaults."""
 
@@ -65,6 +75,19 @@ TRAINABLE = {
         "block_size": 4,
         "symmetric": True,
     },
+    "int8 codebooks": {"method": "product", "n_subvectors": 5, "n_bits": 3, "codebook_dtype": "int8"},
+    "nf4 of a row": {"method": "scalar", "dtype": "nf4"},
+    "nf4 of a block, scales of a byte": {
+        "method": "scalar",
+        "dtype": "nf4",
+        "granularity": "block",
+        "block_size": 4,
+        "scale_dtype": "float8",
+    },
+    "nf4 of a column": {"method": "scalar", "dtype": "nf4", "granularity": "column"},
+    "levels of a row's own": {"method": "scalar", "dtype": "free4"},
+    "rotated": {"method": "rotated", "n_bits": 3},
+    "sparse": {"method": "sparse", "density": 0.5},
     "symmetric int2 of a column": {"method": "scalar", "dtype": "int2", "granularity": "column", "symmetric": True},
 }
 

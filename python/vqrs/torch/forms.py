@@ -132,11 +132,12 @@ class BooksDecoder(Decoder):
     """A row is a sum of codebook entries, each placed at its columns.
 
     The tensors are ``codebooks_0``, ``codebooks_1``, …: one per group of books of equal width, of shape
-    (n_books, 2**bits, width).
+    (n_books, 2**bits, width). Books of integers have a scale each in ``scales``, which is not trained apart from them.
     """
 
     def __init__(self, description: Mapping[str, Any], tensors: Tensors, trainable: bool) -> None:
         super().__init__(description, tensors, trainable)
+        self.description = dict(description)
         self.bits: int = description["bits"]
         self.stored_scale: float = description["scale"]
         self.stored_dtype: torch.dtype = getattr(torch, description["dtype"])
@@ -146,27 +147,40 @@ class BooksDecoder(Decoder):
     @staticmethod
     def real_values(description: Mapping[str, Any], stored: Tensors, codes: Tensor) -> dict[str, Tensor]:
         """Codebooks with the scale applied."""
-        return {name: book.float() * description["scale"] for name, book in stored.items()}
+        scales = _scales_of_groups(description, stored)
+        return {name: stored[name].float() * scale for name, scale in scales.items()}
 
     def stored_values(self, codes: Tensor) -> tuple[dict[str, Tensor], Tensor]:
         """Codebooks with the scale taken out, and the codes as they are."""
         books = [getattr(self, f"codebooks_{group}").detach() for group in range(len(self.runs))]
-        if self.trainable:
+        scales = {"scales": self.scales} if hasattr(self, "scales") else {}
+        if self.trainable and self.stored_dtype == torch.int8:
+            _refuse_unstorable(*books)
+            factors = [_scale_of_integers(book) for book in books]
+            books = [
+                (book / factor).round().clamp(-127, 127).to(torch.int8)
+                for book, factor in zip(books, factors, strict=True)
+            ]
+            scales = {"scales": torch.cat([factor.flatten() for factor in factors])}
+        elif self.trainable:
             books = [(book / self.stored_scale).to(self.stored_dtype) for book in books]
             _refuse_unstorable(*books)
-        return {f"codebooks.{group}": book for group, book in enumerate(books)}, codes
+        return {f"codebooks.{group}": book for group, book in enumerate(books)} | scales, codes
 
     def forward(self, codes: Tensor, ids: Tensor) -> Tensor:
         """Decode rows; see :meth:`Decoder.forward`."""
         fields = unpack_bits(codes, self.bits, sum(n_books for n_books, _ in self.groups))
         pieces = []
+        held = dict(self.named_buffers())
+        scales = {} if self.trainable else _scales_of_groups(self.description, held)
         for group, ((n_books, width), runs) in enumerate(zip(self.groups, self.runs, strict=True)):
             books = getattr(self, f"codebooks_{group}")
             first_entry = torch.arange(n_books, device=codes.device) << self.bits
             entries = F.embedding(fields[:, :n_books] + first_entry, books.flatten(0, 1))
             fields = fields[:, n_books:]
             if not self.trainable:
-                entries = entries.float() * self.stored_scale
+                scale = scales[f"codebooks_{group}"]
+                entries = entries.float() * (scale if isinstance(scale, float) else scale.flatten(1))
             for first, count, start in runs:
                 piece = entries[:, first : first + count].flatten(1)
                 rest = self.dim - start - count * width
@@ -175,15 +189,15 @@ class BooksDecoder(Decoder):
 
 
 class LevelsDecoder(Decoder):
-    """A value is a small integer times a scale plus an offset, or a float of 16 bits as it is.
+    """A value is a small integer times a scale plus an offset, a level of a table times a scale, or a float of 16 bits.
 
     The tensors are ``scale`` and ``offset``: of shape (dim,) by column. By row and block they live in the rows, as
-    float16; trainable ones are lifted out of them, of shape (n_rows, n_blocks). A symmetric decoder trains its scale
-    alone.
+    float16 or one byte; trainable ones are lifted out of them, of shape (n_rows, n_blocks). A symmetric decoder trains
+    its scale alone. ``levels``, of shape (2**bits,), is the table; where rows have levels of their own, ``own``, of
+    shape (n_rows, 16 * n_blocks), is what they train.
     """
 
     FLOATS: ClassVar = {"float16": torch.float16, "bfloat16": torch.bfloat16}
-    BITS: ClassVar = {"int8": 8, "int4": 4, "int2": 2}
 
     def __init__(self, description: Mapping[str, Any], tensors: Tensors, trainable: bool) -> None:
         super().__init__(description, tensors, trainable)
@@ -197,29 +211,44 @@ class LevelsDecoder(Decoder):
                 f"a {description['dtype']} table has no codebooks or scales to train: use a method that has "
                 "(method='product'), or train a torch.nn.Embedding"
             )
+        if description["dtype"] == "free4":
+            return {"own": _own_levels(description, codes)}
+        table = {"levels": stored["levels"].clone()} if _is_table(description) else {}
         if description["granularity"] == "column":
-            scale, offset = stored["scale"].clone(), stored["offset"].clone()
-        else:
-            scale, offset = _scales_of_rows(description, codes)
-        return {"scale": scale} if description["symmetric"] else {"scale": scale, "offset": offset}
+            return table | {name: stored[name].clone() for name in _trained(description)}
+        pairs = dict(zip(("scale", "offset"), _scales_of_rows(description, codes), strict=True))
+        return table | {name: pairs[name] for name in _trained(description)}
 
     def stored_values(self, codes: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-        """By column, the scales and offsets; by row and block, codes with the present ones in the rows."""
+        """Tables, and by column the scales and offsets; by row and block, codes with the present ones in the rows."""
         if not self.trainable:
             return dict(self.named_buffers()), codes
+        if self.description["dtype"] == "free4":
+            own = (self.own.detach().float() / self.description["scale_factor"]).half()
+            _refuse_unstorable(own)
+            return {}, torch.cat([codes[:, : _level_bytes(self.description)], own.contiguous().view(torch.uint8)], 1)
+        table = {"levels": self.levels.detach().float()} if _is_table(self.description) else {}
+        _refuse_unstorable(*table.values())
         scale = self.scale.detach().float()
         offset = self._symmetric_offset(scale) if self.description["symmetric"] else self.offset.detach().float()
         if self.description["granularity"] == "column":
             _refuse_unstorable(scale, offset)
-            return {"scale": scale, "offset": offset}, codes
-        return {}, _rows_with_scales(self.description, codes, scale, offset)
+            return table | ({"scale": scale} if table else {"scale": scale, "offset": offset}), codes
+        return table, _rows_with_scales(self.description, codes, scale, offset)
 
     def forward(self, codes: Tensor, ids: Tensor) -> Tensor:
         """Decode rows; see :meth:`Decoder.forward`."""
         if self.description["dtype"] in self.FLOATS:
             return codes.contiguous().view(self.FLOATS[self.description["dtype"]]).float()
+        places = unpack_bits(codes, _level_bits(self.description), self.dim)
+        if self.description["dtype"] == "free4":
+            own = F.embedding(ids, self.own) if self.trainable else _own_levels(self.description, codes)
+            size = self.description["block_size"] if self.description["granularity"] == "block" else self.dim
+            return own.gather(1, places + 16 * (torch.arange(self.dim, device=codes.device) // size))
         scale, offset = self._scales(codes, ids)
-        levels = unpack_bits(codes, self.BITS[self.description["dtype"]], self.dim).to(scale.dtype)
+        if _is_table(self.description):
+            return F.embedding(places, self.levels[:, None]).squeeze(2) * scale
+        levels = places.to(scale.dtype)
         # The product is exact for scales of float16, so that this is the one rounding of a fused multiply-add.
         return torch.addcmul(offset, levels, scale)
 
@@ -241,7 +270,7 @@ class LevelsDecoder(Decoder):
         return tuple(value.repeat_interleave(size, 1)[:, : self.dim] for value in (scale, offset))
 
     def _symmetric_offset(self, scale: Tensor) -> Tensor:
-        return -scale * 2 ** (self.BITS[self.description["dtype"]] - 1)
+        return -scale * 2 ** (_level_bits(self.description) - 1)
 
 
 class LinearDecoder(Decoder):
@@ -446,6 +475,125 @@ class SegmentsDecoder(Decoder):
         return rows
 
 
+class SparseDecoder(Decoder):
+    """A row is a few values with their columns. Trainable, the values are the parameter ``values``, (n_rows, kept)."""
+
+    def __init__(self, description: Mapping[str, Any], tensors: Tensors, trainable: bool) -> None:
+        super().__init__(description, tensors, trainable)
+        self.description = dict(description)
+
+    @staticmethod
+    def real_values(description: Mapping[str, Any], stored: Tensors, codes: Tensor) -> dict[str, Tensor]:
+        """The values that rows keep."""
+        return {"values": _kept_values(description, codes)}
+
+    def stored_values(self, codes: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        """Codes with the present values in the rows."""
+        if not self.trainable:
+            return {}, codes
+        values = self.values.detach().float()
+        factor, dtype = self.description["scale_factor"], self.description["dtype"]
+        if dtype == "int8":
+            scale = (values.abs().amax(1, keepdim=True) / 127 / factor).half()
+            step = (scale.float() * factor).clamp(min=torch.finfo(torch.float32).tiny)
+            levels = (values / step).round().clamp(-127, 127).to(torch.int8)
+            stored = [levels.view(torch.uint8), scale.view(torch.uint8)]
+            _refuse_unstorable(scale)
+        else:
+            kept = (values / factor).half() if dtype == "float16" else values
+            stored = [kept.contiguous().view(torch.uint8)]
+            _refuse_unstorable(kept)
+        return {}, torch.cat([codes[:, : _place_bytes(self.description)], *stored], 1)
+
+    def forward(self, codes: Tensor, ids: Tensor) -> Tensor:
+        """Decode rows; see :meth:`Decoder.forward`."""
+        values = F.embedding(ids, self.values) if self.trainable else _kept_values(self.description, codes)
+        columns = self._columns(codes)
+        # One column more takes what stands outside the row.
+        rows = torch.zeros(len(codes), self.dim + 1, dtype=values.dtype, device=codes.device)
+        return rows.scatter_add(1, columns, values)[:, : self.dim]
+
+    def _columns(self, codes: Tensor) -> Tensor:
+        """The column of each kept value, int64 (n, kept); ``dim`` where there is none."""
+        kept, places = self.description["kept"], codes[:, : _place_bytes(self.description)]
+        if self.description["places"] == "columns":
+            bits = max((self.dim - 1).bit_length(), 1)
+            return unpack_bits(places, bits, kept).clamp(max=self.dim)
+        present = unpack_bits(places, 1, self.dim)
+        rank = torch.where(present > 0, present.cumsum(1) - 1, kept).clamp(max=kept)
+        numbers = torch.arange(self.dim, device=codes.device).expand_as(rank)
+        columns = torch.full((len(codes), kept + 1), self.dim, dtype=torch.int64, device=codes.device)
+        return columns.scatter(1, rank, numbers)[:, :kept]
+
+
+def _place_bytes(description: Mapping[str, Any]) -> int:
+    """Bytes of a row that say which columns it keeps."""
+    dim, kept = description["dim"], description["kept"]
+    bits = dim if description["places"] == "bitmap" else kept * max((dim - 1).bit_length(), 1)
+    return (bits + 7) // 8
+
+
+def _kept_values(description: Mapping[str, Any], codes: Tensor) -> Tensor:
+    """The values that rows keep, float32 (n_rows, kept)."""
+    kept, factor = description["kept"], description["scale_factor"]
+    # The clones start at even addresses, which a slice of bytes need not.
+    stored = codes[:, _place_bytes(description) :].clone(memory_format=torch.contiguous_format)
+    if description["dtype"] == "float32":
+        return stored.view(torch.float32)
+    if description["dtype"] == "float16":
+        return stored.view(torch.float16).float() * factor
+    scale = stored[:, kept:].clone(memory_format=torch.contiguous_format).view(torch.float16).float() * factor
+    return stored[:, :kept].contiguous().view(torch.int8).float() * scale
+
+
+def _scales_of_groups(description: Mapping[str, Any], stored: Tensors) -> dict[str, Any]:
+    """What the entries of each group are multiplied by: one number, or one a book, of shape (n_books, 1, 1)."""
+    groups = description["groups"]
+    names = [f"codebooks_{group}" for group in range(len(groups))]
+    if "scales" not in stored:
+        return dict.fromkeys(names, float(description["scale"]))
+    parts = stored["scales"].split([len(group["starts"]) for group in groups])
+    return {name: part[:, None, None] for name, part in zip(names, parts, strict=True)}
+
+
+def _scale_of_integers(books: Tensor) -> Tensor:
+    """The scale of each book of integers, as the core rounds it: up, to 16 significant bits."""
+    largest = books.float().abs().amax((1, 2), keepdim=True)
+    bits = (largest / 127).clamp(min=torch.finfo(torch.float32).tiny).view(torch.int32)
+    return ((bits + 0xFF) & ~0xFF).view(torch.float32)
+
+
+def _is_table(description: Mapping[str, Any]) -> bool:
+    """Whether levels are places in the decoder's own table."""
+    return str(description["dtype"]).startswith("table")
+
+
+def _trained(description: Mapping[str, Any]) -> tuple[str, ...]:
+    """What of scale and offset is trained."""
+    return ("scale",) if description["symmetric"] else ("scale", "offset")
+
+
+def _level_bits(description: Mapping[str, Any]) -> int:
+    """Bits of a level: int4, table4, free4."""
+    return int(description["dtype"][-1])
+
+
+def _behind(description: Mapping[str, Any], codes: Tensor) -> Tensor:
+    """What stands behind the levels of the rows."""
+    # The clone starts at an even address, which a slice of bytes need not.
+    return codes[:, _level_bytes(description) :].clone(memory_format=torch.contiguous_format)
+
+
+def _own_levels(description: Mapping[str, Any], codes: Tensor) -> Tensor:
+    """Levels of the rows' own, float32 (n_rows, 16 * n_blocks)."""
+    return _behind(description, codes).view(torch.float16).float() * description["scale_factor"]
+
+
+def _in_bytes(description: Mapping[str, Any]) -> bool:
+    """Whether scales take one byte: the bits 6 to 13 of a float16."""
+    return description.get("scale_dtype", "float16") == "float8"
+
+
 FORMS: dict[str, type[Decoder]] = {
     "books": BooksDecoder,
     "levels": LevelsDecoder,
@@ -453,6 +601,7 @@ FORMS: dict[str, type[Decoder]] = {
     "join": JoinDecoder,
     "trellis": TrellisDecoder,
     "segments": SegmentsDecoder,
+    "sparse": SparseDecoder,
 }
 
 
@@ -566,27 +715,32 @@ def _runs(starts: list[int], width: int) -> list[tuple[int, int, int]]:
 
 def _level_bytes(description: Mapping[str, Any]) -> int:
     """Bytes of a row's levels: its scales stand behind them."""
-    return (description["dim"] * LevelsDecoder.BITS[description["dtype"]] + 7) // 8
+    return (description["dim"] * _level_bits(description) + 7) // 8
 
 
 def _scales_of_rows(description: Mapping[str, Any], codes: Tensor) -> tuple[Tensor, Tensor]:
     """Scale and offset of each block, float32 (n_rows, n_blocks), from behind the levels of the rows."""
-    # The clone starts at an even address, which a slice of bytes need not.
-    halves = codes[:, _level_bytes(description) :].clone(memory_format=torch.contiguous_format).view(torch.float16)
+    behind = _behind(description, codes)
+    halves = (behind.short() << 6).view(torch.float16) if _in_bytes(description) else behind.view(torch.float16)
     if description["symmetric"]:
         scale = halves.float() * description["scale_factor"]
-        return scale, -scale * 2 ** (LevelsDecoder.BITS[description["dtype"]] - 1)
+        return scale, -scale * 2 ** (_level_bits(description) - 1)
     pairs = halves.float()
     return pairs[:, 0::2] * description["scale_factor"], pairs[:, 1::2] * description["offset_factor"]
 
 
 def _rows_with_scales(description: Mapping[str, Any], codes: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
-    """Codes whose rows end in the given scales (and offsets), rounded to float16."""
+    """Codes whose rows end in the given scales (and offsets), rounded to what rows store."""
     halves = (scale / description["scale_factor"]).half()
     if not description["symmetric"]:
         halves = torch.stack([halves, (offset / description["offset_factor"]).half()], -1).flatten(1)
     _refuse_unstorable(halves)
-    return torch.cat([codes[:, : _level_bytes(description)], halves.contiguous().view(torch.uint8)], 1)
+    stored = halves.contiguous().view(torch.uint8)
+    if _in_bytes(description):
+        if bool((halves < 0).any()) or bool((halves >= 2).any()):
+            raise ValueError("a trained scale has left the range of one byte: lower the learning rate")
+        stored = ((halves.view(torch.int16) + 32) >> 6).clamp(max=255).to(torch.uint8)
+    return torch.cat([codes[:, : _level_bytes(description)], stored], 1)
 
 
 def _refuse_unstorable(*stored: Tensor) -> None:

@@ -208,6 +208,11 @@ impl Tensor {
         bytemuck::cast_slice(self.data.bytes())
     }
 
+    /// The values of an array of bytes with signs.
+    pub fn integers(&self) -> &[i8] {
+        bytemuck::cast_slice(self.data.bytes())
+    }
+
     /// The values of a float32 array.
     pub fn floats(&self) -> &[f32] {
         bytemuck::cast_slice(self.data.bytes())
@@ -220,7 +225,7 @@ impl Tensor {
             Dtype::F16 => self.halves().iter().map(|h| half::f16::from_bits(*h).to_f32()).collect(),
             Dtype::Bf16 => self.halves().iter().map(|h| half::bf16::from_bits(*h).to_f32()).collect(),
             Dtype::U8 => self.data.bytes().iter().map(|b| f32::from(*b)).collect(),
-            Dtype::I8 => self.data.bytes().iter().map(|b| f32::from(*b as i8)).collect(),
+            Dtype::I8 => self.integers().iter().map(|v| f32::from(*v)).collect(),
             Dtype::U64 => bytemuck::cast_slice::<u8, u64>(self.data.bytes()).iter().map(|v| *v as f32).collect(),
         }
     }

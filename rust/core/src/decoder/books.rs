@@ -7,7 +7,7 @@ use super::{take, Decoder, Form, Metric, Scorer};
 use crate::bits;
 use crate::error::{Error, Result};
 use crate::kernels::{self, Bags, BooksView, Group, Output, Rows, Values};
-use crate::tensor::{Dtype, Tensor};
+use crate::tensor::{Buffer, Dtype, Tensor};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
@@ -45,6 +45,8 @@ pub enum CodebookDtype {
     Bfloat16,
     /// Single precision.
     Float32,
+    /// Integers from -127 to 127, with a scale for each book.
+    Int8,
 }
 
 impl CodebookDtype {
@@ -53,8 +55,20 @@ impl CodebookDtype {
             CodebookDtype::Float16 => Dtype::F16,
             CodebookDtype::Bfloat16 => Dtype::Bf16,
             CodebookDtype::Float32 => Dtype::F32,
+            CodebookDtype::Int8 => Dtype::I8,
         }
     }
+}
+
+/// The largest magnitude of an integer entry.
+const TOP: f32 = 127.0;
+
+/// The scale of a book of integers: the least number of 16 significant bits that brings its largest entry to [`TOP`] or
+/// below. Products with integers are then exact, so that a book read back and stored again keeps its scale.
+fn book_scale(book: &[f32]) -> f32 {
+    let largest = book.iter().fold(0f32, |largest, value| largest.max(value.abs()));
+    let scale = (largest / TOP).max(f32::MIN_POSITIVE);
+    f32::from_bits((scale.to_bits() + 0xff) & !0xff)
 }
 
 /// A sum of codebook entries, each placed at some columns.
@@ -62,6 +76,8 @@ impl CodebookDtype {
 pub struct Books {
     spec: BooksSpec,
     tensors: Vec<Tensor>,
+    /// The scale of each book, where entries are integers.
+    scales: Option<Tensor>,
     /// No column is covered twice and none is left out: entries are stored, not added.
     tiled: bool,
 }
@@ -75,16 +91,28 @@ impl Books {
         let largest = groups.iter().flat_map(|(_, values)| values).fold(0f32, |m, v| m.max(v.abs()));
         let scale = if dtype == CodebookDtype::Float16 { power_of_two(largest) } else { 1.0 };
         let mut spec = BooksSpec { dim, bits, scale, dtype, groups: Vec::new() };
-        let mut tensors = Vec::new();
+        let (mut tensors, mut scales) = (Vec::new(), Vec::new());
         for (index, (group, values)) in groups.into_iter().enumerate() {
             let shape = vec![group.starts.len(), 1 << bits, group.width];
             let mut padded = vec![0f32; shape.iter().product()];
             let (from, to) = (group.entries * group.width, group.width << bits);
             for (book, out) in values.chunks(from).zip(padded.chunks_mut(to)) {
+                let scale = if dtype == CodebookDtype::Int8 { book_scale(book) } else { scale };
+                scales.push(scale);
                 out[..from].iter_mut().zip(book).for_each(|(o, v)| *o = v / scale);
             }
-            tensors.push(Tensor::of_floats(format!("codebooks.{index}"), dtype.dtype(), shape, &padded)?);
+            let name = format!("codebooks.{index}");
+            tensors.push(match dtype {
+                CodebookDtype::Int8 => {
+                    let entries: Vec<i8> = padded.iter().map(|v| v.round_ties_even().clamp(-TOP, TOP) as i8).collect();
+                    Tensor::new(name, Dtype::I8, shape, Buffer::copy_of(bytemuck::cast_slice(&entries)))?
+                }
+                _ => Tensor::of_floats(name, dtype.dtype(), shape, &padded)?,
+            });
             spec.groups.push(group);
+        }
+        if dtype == CodebookDtype::Int8 {
+            tensors.push(Tensor::of_floats("scales", Dtype::F32, vec![scales.len()], &scales)?);
         }
         Books::from_parts(spec, &tensors)
     }
@@ -118,11 +146,18 @@ impl Books {
                 }
             }
         }
-        if kept.is_empty() || kept.len() != tensors.len() {
+        let scales = match spec.dtype {
+            CodebookDtype::Int8 => {
+                let books = spec.groups.iter().map(|group| group.starts.len()).sum();
+                Some(take(tensors, "scales", Some(Dtype::F32), &[books])?.clone())
+            }
+            _ => None,
+        };
+        if kept.is_empty() || kept.len() + usize::from(scales.is_some()) != tensors.len() {
             return bad(format!("{} groups for {} tensors", kept.len(), tensors.len()), "one tensor for each group");
         }
         let tiled = cover.iter().all(|c| *c == 1);
-        Ok(Books { spec, tensors: kept, tiled })
+        Ok(Books { spec, tensors: kept, scales, tiled })
     }
 
     /// Values in a row.
@@ -153,14 +188,21 @@ impl Books {
     /// First column, width and entries in use (as float32, scale applied) of each book, in order.
     pub fn books(&self) -> Vec<(usize, usize, Vec<f32>)> {
         let mut books = Vec::new();
+        let mut scales = self.scales().iter();
         for (group, tensor) in self.spec.groups.iter().zip(&self.tensors) {
             let values = tensor.to_floats();
             for (start, book) in group.starts.iter().zip(values.chunks(group.width << self.spec.bits)) {
                 let used = &book[..group.entries * group.width];
-                books.push((*start, group.width, used.iter().map(|v| v * self.spec.scale).collect()));
+                let scale = scales.next().unwrap_or(&self.spec.scale);
+                books.push((*start, group.width, used.iter().map(|v| v * scale).collect()));
             }
         }
         books
+    }
+
+    /// The scale of each book, where entries are integers; else none.
+    fn scales(&self) -> &[f32] {
+        self.scales.as_ref().map_or(&[], Tensor::floats)
     }
 
     fn view(&self) -> BooksView<'_> {
@@ -168,13 +210,14 @@ impl Books {
             let entries = match tensor.dtype {
                 Dtype::F16 => Values::F16(tensor.halves()),
                 Dtype::Bf16 => Values::Bf16(tensor.halves()),
+                Dtype::I8 => Values::I8(tensor.integers()),
                 _ => Values::F32(tensor.floats()),
             };
             Group { entries, width: group.width, starts: &group.starts }
         }
         let groups = self.spec.groups.iter().zip(&self.tensors).map(view).collect();
         let (dim, bits, scale) = (self.spec.dim, self.spec.bits, self.spec.scale);
-        BooksView { dim, bits, row_bytes: self.row_bytes(), scale, tiled: self.tiled, groups }
+        BooksView { dim, bits, row_bytes: self.row_bytes(), scale, scales: self.scales(), tiled: self.tiled, groups }
     }
 }
 
@@ -223,7 +266,7 @@ impl Form for Books {
         Some(Scorer { fields: self.len(), bits: self.spec.bits, tables, bias: 0.0 })
     }
     fn tensors(&self) -> Vec<Tensor> {
-        self.tensors.clone()
+        self.tensors.iter().chain(&self.scales).cloned().collect()
     }
 
     fn spec(&self) -> Value {
@@ -232,13 +275,22 @@ impl Form for Books {
 
     fn with_tensors(&self, tensors: &[Tensor]) -> Result<Decoder> {
         let mut groups = Vec::new();
+        let scales = match &self.scales {
+            Some(scales) => take(tensors, "scales", None, &scales.shape)?.to_floats(),
+            None => Vec::new(),
+        };
+        let mut scales = scales.into_iter();
         for (index, group) in self.spec.groups.iter().enumerate() {
             let shape = [group.starts.len(), 1 << self.spec.bits, group.width];
             let values = take(tensors, &format!("codebooks.{index}"), None, &shape)?.to_floats();
             let used = group.entries * group.width;
-            let used = values.chunks(group.width << self.spec.bits).flat_map(|book| &book[..used]);
+            let books = values.chunks(group.width << self.spec.bits).map(|book| &book[..used]);
             // Stored values carry the scale on the outside; `new` finds a fresh one.
-            groups.push((group.clone(), used.map(|v| v * self.spec.scale).collect()));
+            let scaled = books.flat_map(|book| {
+                let scale = scales.next().unwrap_or(self.spec.scale);
+                book.iter().map(move |v| v * scale)
+            });
+            groups.push((group.clone(), scaled.collect()));
         }
         Ok(Decoder::Books(Books::new(self.spec.dim, self.spec.bits, self.spec.dtype, groups)?))
     }

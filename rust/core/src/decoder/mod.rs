@@ -8,13 +8,15 @@ mod join;
 mod levels;
 mod linear;
 mod segments;
+mod sparse;
 mod trellis;
 
 pub use books::{Books, CodebookDtype, GroupSpec};
 pub use join::{Join, Joining};
-pub use levels::{Granularity, Levels, LevelsSpec, Number};
+pub use levels::{Granularity, Levels, LevelsSpec, Number, ScaleDtype};
 pub use linear::{Linear, LinearMap, MatrixDtype, Rotation};
 pub use segments::Segments;
+pub use sparse::{Kept, Places, Sparse, SparseSpec};
 pub use trellis::{Trellis, TrellisSpec, MOST_SCALE_BITS};
 
 use crate::error::{Error, Result};
@@ -34,6 +36,7 @@ const FORMS: &[(&str, Read)] = &[
     (Join::FORM, |spec, tensors| Ok(Decoder::Join(Join::from_parts(parse(spec)?, tensors)?))),
     (Trellis::FORM, |spec, tensors| Ok(Decoder::Trellis(Trellis::from_parts(parse(spec)?, tensors)?))),
     (Segments::FORM, |spec, tensors| Ok(Decoder::Segments(Segments::from_parts(parse(spec)?, tensors)?))),
+    (Sparse::FORM, |spec, tensors| Ok(Decoder::Sparse(Sparse::from_parts(parse(spec)?, tensors)?))),
 ];
 
 /// What every form can do. Ids must be inside the codes; everything runs on the calling thread.
@@ -136,6 +139,8 @@ pub enum Decoder {
     Trellis(Trellis),
     /// Groups of rows with decoders of their own.
     Segments(Segments),
+    /// A few values with their columns.
+    Sparse(Sparse),
 }
 
 impl Decoder {
@@ -148,6 +153,7 @@ impl Decoder {
             Decoder::Join(form) => form,
             Decoder::Trellis(form) => form,
             Decoder::Segments(form) => form,
+            Decoder::Sparse(form) => form,
         }
     }
 

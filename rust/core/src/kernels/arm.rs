@@ -130,6 +130,15 @@ impl Simd for Four {
     }
 }
 
+/// Four integers of `bits` bits from number `t` of a row on. Reads eight bytes.
+#[inline(always)]
+unsafe fn fields(row: *const u8, t: usize, bits: u32) -> [u32; 4] {
+    let start = t * bits as usize;
+    // SAFETY: the caller has the bytes.
+    let word = u64::from_le(unsafe { row.add(start / 8).cast::<u64>().read_unaligned() }) >> (start % 8);
+    [0, 1, 2, 3].map(|place| (word >> (place * bits)) as u32 & ((1 << bits) - 1))
+}
+
 impl Widen for Four {
     type Half = Four;
     const REGISTERS: usize = 32;
@@ -142,6 +151,7 @@ impl Widen for Four {
             let wide = vmovl_u16(vld1_u16(from));
             Four(vreinterpretq_f32_u32(vshlq_n_u32::<16>(wide)))
         };
+        fn load_i8(from: *const i8) -> Self = Self::load(from.cast::<[i8; 4]>().read_unaligned().map(f32::from).as_ptr());
         fn load_u8(from: *const u8) -> Self = Self::of_integers(from.cast::<[u8; 4]>().read_unaligned().map(u32::from));
         fn load_u4(from: *const u8) -> Self = {
             let all = u32::from(from.cast::<u16>().read_unaligned());
@@ -150,6 +160,10 @@ impl Widen for Four {
         fn load_u2(from: *const u8) -> Self = {
             let all = u32::from(*from);
             Self::of_integers([all & 3, all >> 2 & 3, all >> 4 & 3, all >> 6])
+        };
+        fn load_bits(row: *const u8, t: usize, bits: u32) -> Self = Self::of_integers(fields(row, t, bits));
+        fn load_table(row: *const u8, t: usize, bits: u32, table: *const f32) -> Self = {
+            Self::load(fields(row, t, bits).map(|place| *table.add(place as usize)).as_ptr())
         };
     }
     #[inline(always)]

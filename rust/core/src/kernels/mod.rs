@@ -78,6 +78,8 @@ pub enum Values<'a> {
     F16(&'a [u16]),
     /// Upper halves of single precision.
     Bf16(&'a [u16]),
+    /// Integers, to be multiplied by their book's scale.
+    I8(&'a [i8]),
 }
 
 impl Values<'_> {
@@ -86,6 +88,7 @@ impl Values<'_> {
         match self {
             Values::F32(values) => values.len(),
             Values::F16(values) | Values::Bf16(values) => values.len(),
+            Values::I8(values) => values.len(),
         }
     }
 
@@ -194,8 +197,10 @@ pub struct BooksView<'a> {
     pub bits: u32,
     /// Bytes of a row of codes.
     pub row_bytes: usize,
-    /// A power of two; entries are multiplied by it.
+    /// A power of two; entries are multiplied by it, but not integers.
     pub scale: f32,
+    /// The scale of each book, where entries are integers; else none. Groups are all of integers, or none is.
+    pub scales: &'a [f32],
     /// Each column belongs to one book: entries are stored. Else they are added, in order; a first book over all columns
     /// is still stored, and without one rows start as zeros.
     pub tiled: bool,
@@ -207,6 +212,11 @@ impl BooksView<'_> {
     /// Number of books.
     fn books(&self) -> usize {
         self.groups.iter().map(|group| group.starts.len()).sum()
+    }
+
+    /// What entries of book `m` are multiplied by.
+    fn scale_of(&self, m: usize) -> f32 {
+        self.scales.get(m).copied().unwrap_or(self.scale)
     }
 
     /// The first book is over all columns, or rows are tiled: nothing has to be cleared.
@@ -264,6 +274,8 @@ pub enum Level {
     U4,
     /// An integer of 2 bits.
     U2,
+    /// An integer of another width, from 1 to 8 bits.
+    Bits(u32),
 }
 
 impl Level {
@@ -274,9 +286,26 @@ impl Level {
             Level::U8 => 8,
             Level::U4 => 4,
             Level::U2 => 2,
+            Level::Bits(bits) => bits,
         }
     }
 }
+
+/// What a level stands for.
+#[derive(Clone, Copy, Debug)]
+pub enum Meaning<'a> {
+    /// Itself: value = fma(level, scale, offset).
+    Number,
+    /// An entry of one table: value = scale * entry. The table has an entry for every level, and at least
+    /// [`TABLE_ENTRIES`]. Columns have no offsets then.
+    Table(&'a [f32]),
+    /// An entry of the row's own: each block has, in place of its pair, 2^bits float16, to be multiplied by
+    /// `scale_factor`.
+    Own,
+}
+
+/// The least length of a table of [`Meaning::Table`]: whole vectors are read of it.
+pub const TABLE_ENTRIES: usize = 16;
 
 /// Where scale and offset come from: value = fma(level, scale, offset).
 #[derive(Clone, Copy, Debug)]
@@ -297,6 +326,8 @@ pub enum Scales<'a> {
         block: usize,
         /// Only scales are stored: offset = -scale * 2^(bits - 1).
         symmetric: bool,
+        /// Scales take one byte: the bits 6 to 13 of a float16 whose other bits are zero. Needs `symmetric`.
+        narrow: bool,
         /// A power of two; stored scales are multiplied by it.
         scale_factor: f32,
         /// A power of two; stored minima are multiplied by it.
@@ -313,6 +344,8 @@ pub struct LevelsView<'a> {
     pub row_bytes: usize,
     /// How a level is written.
     pub level: Level,
+    /// What a level stands for.
+    pub meaning: Meaning<'a>,
     /// Where scale and offset come from.
     pub scales: Scales<'a>,
 }
@@ -321,6 +354,16 @@ impl LevelsView<'_> {
     /// Bytes of a row's levels, before the pairs.
     fn level_bytes(&self) -> usize {
         bits::row_bytes(self.dim, self.level.bits())
+    }
+
+    /// Bytes of what a block has behind the levels.
+    fn pair_bytes(&self) -> usize {
+        match (self.meaning, self.scales) {
+            (Meaning::Own, _) => 2 << self.level.bits(),
+            (_, Scales::Row { narrow: true, .. }) => 1,
+            (Meaning::Number, Scales::Row { symmetric: false, .. }) => 4,
+            _ => 2,
+        }
     }
 }
 
@@ -641,8 +684,8 @@ pub fn forced_error() -> Option<String> {
 /// The preconditions of the kernels, checked once a call: with them no pointer of a fast path leaves its slice.
 mod check {
     use super::{
-        bits, Bags, BooksView, Coarse, Extension, Grids, LevelsView, Output, Panels, Place, Products, Rows, Scales,
-        Sweep, TrellisView, BEAM_PADDING, SWEEP_PADDING,
+        bits, Bags, BooksView, Coarse, Extension, Grids, Level, LevelsView, Meaning, Output, Panels, Place, Products,
+        Rows, Scales, Sweep, TrellisView, Values, BEAM_PADDING, SWEEP_PADDING, TABLE_ENTRIES,
     };
 
     fn output(rows: &Rows, dim: usize, row_bytes: usize, out: &Output) {
@@ -666,6 +709,8 @@ mod check {
         for group in &view.groups {
             let last = group.starts.iter().fold(0, |last, start| last.max(*start));
             assert!(group.width > 0 && last <= view.dim && group.width <= view.dim - last, "columns of a book");
+            let scales = if matches!(group.entries, Values::I8(_)) { view.books() } else { 0 };
+            assert_eq!(view.scales.len(), scales, "scales of books of integers");
             assert_eq!(group.entries.len(), (group.width << view.bits) * group.starts.len(), "entries of a book");
         }
     }
@@ -692,15 +737,24 @@ mod check {
 
     fn levels_view(view: &LevelsView) {
         assert!(view.dim > 0 && view.row_bytes > 0, "dim or row_bytes of a levels view");
+        let (bits, float) = (view.level.bits(), matches!(view.level, Level::F16 | Level::Bf16));
+        assert!(float || (1..=8).contains(&bits), "bits of a levels view");
+        match view.meaning {
+            Meaning::Number => {}
+            Meaning::Table(table) => assert!(!float && table.len() >= TABLE_ENTRIES.max(1 << bits), "table of levels"),
+            Meaning::Own => assert!(!float && matches!(view.scales, Scales::Row { .. }), "levels of a row's own"),
+        }
         let pairs = match view.scales {
             Scales::None => 0,
             Scales::Columns { scale, offset } => {
-                assert!(scale.len() == view.dim && offset.len() == view.dim, "scales of the columns");
+                let offsets = if matches!(view.meaning, Meaning::Number) { view.dim } else { offset.len() };
+                assert!(scale.len() == view.dim && offset.len() == offsets, "scales of the columns");
                 0
             }
-            Scales::Row { block, symmetric, .. } => {
-                assert!(block > 0, "block of a levels view");
-                view.dim.div_ceil(block) * if symmetric { 2 } else { 4 }
+            Scales::Row { block, symmetric, narrow, .. } => {
+                let pairs = matches!(view.meaning, Meaning::Number) && !narrow;
+                assert!(block > 0 && (symmetric || pairs), "block or symmetry of a levels view");
+                view.dim.div_ceil(block) * view.pair_bytes()
             }
         };
         assert!(view.row_bytes >= view.level_bytes() + pairs, "row_bytes of a levels view");

@@ -1,8 +1,8 @@
 //! The meaning of every kernel: one plain loop each.
 
 use super::{
-    check, Bags, BooksView, Extension, Grids, Kernels, Level, LevelsView, Output, Panels, Products, Rows, Scales,
-    Sweep, TrellisView, Values, PEAK_FMAS,
+    check, Bags, BooksView, Extension, Grids, Kernels, Level, LevelsView, Meaning, Output, Panels, Products, Rows,
+    Scales, Sweep, TrellisView, Values, PEAK_FMAS,
 };
 use crate::bits;
 use half::{bf16, f16};
@@ -46,6 +46,7 @@ fn value(values: Values, index: usize) -> f32 {
         Values::F32(values) => values[index],
         Values::F16(values) => f16::from_bits(values[index]).to_f32(),
         Values::Bf16(values) => bf16::from_bits(values[index]).to_f32(),
+        Values::I8(values) => f32::from(values[index]),
     }
 }
 
@@ -65,9 +66,10 @@ pub(super) fn decode_books(view: &BooksView, rows: &Rows, out: &mut [f32]) {
             for (book, start) in group.starts.iter().enumerate() {
                 let entry = (book << view.bits) + bits::get(code, view.bits, m) as usize;
                 let store = view.tiled || (m == 0 && group.width == view.dim);
+                let scale = view.scale_of(m);
                 for (t, out) in out[*start..][..group.width].iter_mut().enumerate() {
                     let value = value(group.entries, entry * group.width + t);
-                    *out = if store { value * view.scale } else { value.mul_add(view.scale, *out) };
+                    *out = if store { value * scale } else { value.mul_add(scale, *out) };
                 }
                 m += 1;
             }
@@ -186,16 +188,25 @@ pub(super) fn level_at(level: Level, code: &[u8], index: usize) -> f32 {
     match level {
         Level::F16 => f16::from_bits(half_at(code, index)).to_f32(),
         Level::Bf16 => bf16::from_bits(half_at(code, index)).to_f32(),
-        Level::U8 | Level::U4 | Level::U2 => bits::get(code, level.bits(), index) as f32,
+        _ => bits::get(code, level.bits(), index) as f32,
     }
 }
 
-/// Scale and offset of block `index`; `pairs` is what follows the levels of a row.
+/// What level `index` of a row stands for, before its scale; not for levels of a row's own.
+pub(super) fn entry_at(view: &LevelsView, code: &[u8], index: usize) -> f32 {
+    match view.meaning {
+        Meaning::Table(table) => table[bits::get(code, view.level.bits(), index) as usize],
+        _ => level_at(view.level, code, index),
+    }
+}
+
+/// Scale and offset of block `index`; `pairs` is what follows the levels of a row. With a table the offset is not used.
 pub(super) fn pair_at(view: &LevelsView, pairs: &[u8], index: usize) -> (f32, f32) {
-    let Scales::Row { symmetric, scale_factor, offset_factor, .. } = view.scales else { unreachable!() };
+    let Scales::Row { symmetric, narrow, scale_factor, offset_factor, .. } = view.scales else { unreachable!() };
     let number = |at| f16::from_bits(half_at(pairs, at)).to_f32();
     if symmetric {
-        let scale = number(index) * scale_factor;
+        let scale = if narrow { f16::from_bits(u16::from(pairs[index]) << 6).to_f32() } else { number(index) };
+        let scale = scale * scale_factor;
         (scale, -scale * (1u32 << (view.level.bits() - 1)) as f32)
     } else {
         (number(2 * index) * scale_factor, number(2 * index + 1) * offset_factor)
@@ -208,18 +219,44 @@ fn lookup_levels(view: &LevelsView, rows: &Rows, out: Output) {
 }
 
 pub(super) fn decode_levels(view: &LevelsView, rows: &Rows, out: &mut [f32]) {
+    let table = matches!(view.meaning, Meaning::Table(_));
     for (position, out) in rows.range.clone().zip(out.chunks_exact_mut(view.dim)) {
         let code = &rows.codes[rows.ids.get(position) * view.row_bytes..][..view.row_bytes];
+        if let (Meaning::Own, Scales::Row { block, scale_factor, .. }) = (view.meaning, view.scales) {
+            decode_own(view, code, block, scale_factor, out);
+            continue;
+        }
         for (t, out) in out.iter_mut().enumerate() {
-            let level = level_at(view.level, code, t);
+            let entry = entry_at(view, code, t);
             *out = match view.scales {
-                Scales::None => level,
-                Scales::Columns { scale, offset } => level.mul_add(scale[t], offset[t]),
+                Scales::None => entry,
+                Scales::Columns { scale, .. } if table => entry * scale[t],
+                Scales::Columns { scale, offset } => entry.mul_add(scale[t], offset[t]),
                 Scales::Row { block, .. } => {
                     let (scale, offset) = pair_at(view, &code[view.level_bytes()..], t / block);
-                    level.mul_add(scale, offset)
+                    if table {
+                        entry * scale
+                    } else {
+                        entry.mul_add(scale, offset)
+                    }
                 }
             };
+        }
+    }
+}
+
+/// A row whose blocks have levels of their own.
+#[inline(always)]
+pub(super) fn decode_own(view: &LevelsView, code: &[u8], block: usize, factor: f32, out: &mut [f32]) {
+    let (bits, own) = (view.level.bits(), &code[view.level_bytes()..]);
+    let mut levels = [0f32; 256];
+    for (index, out) in out.chunks_mut(block).enumerate() {
+        for (place, level) in levels[..1 << bits].iter_mut().enumerate() {
+            *level = f16::from_bits(half_at(own, (index << bits) + place)).to_f32() * factor;
+        }
+        for (t, out) in out.iter_mut().enumerate() {
+            // The mask says to the compiler what 8 bits are.
+            *out = levels[bits::get(code, bits, index * block + t) as usize & 255];
         }
     }
 }

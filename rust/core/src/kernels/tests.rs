@@ -33,6 +33,7 @@ enum Stored {
     F32(Vec<f32>),
     F16(Vec<u16>),
     Bf16(Vec<u16>),
+    I8(Vec<i8>),
 }
 
 impl Stored {
@@ -40,7 +41,8 @@ impl Stored {
         match kind {
             0 => Stored::F32(values.to_vec()),
             1 => Stored::F16(values.iter().map(|v| half::f16::from_f32(*v).to_bits()).collect()),
-            _ => Stored::Bf16(values.iter().map(|v| half::bf16::from_f32(*v).to_bits()).collect()),
+            2 => Stored::Bf16(values.iter().map(|v| half::bf16::from_f32(*v).to_bits()).collect()),
+            _ => Stored::I8(values.iter().map(|v| (v * 40.0) as i8).collect()),
         }
     }
     fn view(&self) -> Values<'_> {
@@ -48,6 +50,7 @@ impl Stored {
             Stored::F32(values) => Values::F32(values),
             Stored::F16(values) => Values::F16(values),
             Stored::Bf16(values) => Values::Bf16(values),
+            Stored::I8(values) => Values::I8(values),
         }
     }
 }
@@ -144,11 +147,52 @@ fn lookups(
     Ok(())
 }
 
+#[allow(clippy::too_many_arguments)] // what is drawn
+fn levels_of(
+    dim: usize,
+    symmetric: bool,
+    form: usize,
+    block: usize,
+    spare: usize,
+    level: Level,
+    meaning: Meaning,
+    n: usize,
+    rng: &mut Rng,
+) -> Result<(), TestCaseError> {
+    let (scale, offset) = (floats(rng, dim), floats(rng, dim));
+    let number = matches!(meaning, Meaning::Number);
+    let narrow = symmetric && matches!(level, Level::Bits(_));
+    let scales = match form {
+        0 => Scales::None,
+        1 if number => Scales::Columns { scale: &scale, offset: &offset },
+        1 => Scales::Columns { scale: &scale, offset: &[] },
+        _ => Scales::Row {
+            block: block.min(dim),
+            symmetric: symmetric || !number,
+            narrow,
+            scale_factor: 0.5,
+            offset_factor: 4.0,
+        },
+    };
+    let pair = if matches!(meaning, Meaning::Own) { 2 << level.bits() } else { 4 };
+    let row_bytes = bits::row_bytes(dim, level.bits()) + pair * dim.div_ceil(block.min(dim)) + spare;
+    let rows = 60;
+    // Half precision without infinities: bytes of random finite numbers.
+    let halves: Vec<u8> = floats(rng, (rows * row_bytes).div_ceil(2))
+        .iter()
+        .flat_map(|v| half::f16::from_f32(*v).to_bits().to_le_bytes())
+        .collect();
+    let codes = &halves[..rows * row_bytes];
+    let view = LevelsView { dim, row_bytes, level, meaning, scales };
+    let lookup = |kernels: &Kernels, rows: &Rows, out: Output| (kernels.lookup_levels)(&view, rows, out);
+    lookups(codes, rows, dim, n, rng, lookup, |kernels, bags, out| (kernels.pool_levels)(&view, bags, out))
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(if cfg!(miri) { 2 } else { 600 }))]
 
     #[test]
-    fn books(seed: u64, layout in 0usize..4, kind in 0usize..3, count in 1usize..10, width in 1usize..40,
+    fn books(seed: u64, layout in 0usize..4, kind in 0usize..4, count in 1usize..10, width in 1usize..40,
              power: bool, bits in prop::sample::select(vec![1u32, 3, 4, 7, 8, 9, 12]), spare in 0usize..3, n in 0usize..70) {
         let rng = &mut Rng::new(seed);
         let width = if power { width.next_power_of_two() } else { width };
@@ -160,7 +204,8 @@ proptest! {
         let books = groups.iter().map(|group| group.starts.len()).sum();
         let row_bytes = bits::row_bytes(books, bits) + spare;
         let scale = [1.0, 0.25, 8.0][rng.below(3)];
-        let view = BooksView { dim, bits, row_bytes, scale, tiled: layout < 2, groups };
+        let scales = if kind == 3 { floats(rng, books) } else { Vec::new() };
+        let view = BooksView { dim, bits, row_bytes, scale, scales: &scales, tiled: layout < 2, groups };
         let rows = 50;
         let codes: Vec<u8> = (0..rows * row_bytes).map(|_| rng.next_u64() as u8).collect();
         lookups(&codes, rows, dim, n, rng, |kernels, rows, out| (kernels.lookup_books)(&view, rows, out),
@@ -172,21 +217,21 @@ proptest! {
               level in prop::sample::select(vec![Level::F16, Level::Bf16, Level::U8, Level::U4, Level::U2]), n in 0usize..70) {
         let rng = &mut Rng::new(seed);
         let (dim, block) = if form == 3 { (dim.next_multiple_of(32), block.next_multiple_of(16)) } else { (dim, block) };
-        let (scale, offset) = (floats(rng, dim), floats(rng, dim));
-        let scales = match form {
-            0 => Scales::None,
-            1 => Scales::Columns { scale: &scale, offset: &offset },
-            _ => Scales::Row { block: block.min(dim), symmetric, scale_factor: 0.5, offset_factor: 4.0 },
+        levels_of(dim, symmetric, form, block, spare, level, Meaning::Number, n, rng)?;
+    }
+
+    #[test]
+    fn levels_of_any_width(seed: u64, dim in 1usize..150, bits in 1u32..9, form in 0usize..4, block in 1usize..70,
+                           narrow: bool, spare in 0usize..3, meaning in 0usize..4, n in 0usize..70) {
+        let rng = &mut Rng::new(seed);
+        let (dim, block) = if form == 3 { (dim.next_multiple_of(32), block.next_multiple_of(16)) } else { (dim, block) };
+        let table = floats(rng, TABLE_ENTRIES.max(1 << bits));
+        let meaning = match meaning {
+            0 => Meaning::Number,
+            1 if form > 1 => Meaning::Own,
+            _ => Meaning::Table(&table),
         };
-        let row_bytes = bits::row_bytes(dim, level.bits()) + 4 * dim.div_ceil(block) + spare;
-        let rows = 60;
-        // Half precision without infinities: bytes of random finite numbers.
-        let halves: Vec<u8> = floats(rng, rows * row_bytes).iter()
-            .flat_map(|v| half::f16::from_f32(*v).to_bits().to_le_bytes()).collect();
-        let codes = &halves[..rows * row_bytes];
-        let view = LevelsView { dim, row_bytes, level, scales };
-        lookups(codes, rows, dim, n, rng, |kernels, rows, out| (kernels.lookup_levels)(&view, rows, out),
-            |kernels, bags, out| (kernels.pool_levels)(&view, bags, out))?;
+        levels_of(dim, narrow, form, block, spare, Level::Bits(bits), meaning, n, rng)?;
     }
 
     #[test]
@@ -410,7 +455,7 @@ fn a_forced_path() {
 fn a_short_book_is_refused() {
     let entries = [0.0; 7];
     let group = Group { entries: Values::F32(&entries), width: 2, starts: &[0] };
-    let view = BooksView { dim: 2, bits: 2, row_bytes: 1, scale: 1.0, tiled: true, groups: vec![group] };
+    let view = BooksView { dim: 2, bits: 2, row_bytes: 1, scale: 1.0, scales: &[], tiled: true, groups: vec![group] };
     let rows = Rows { codes: &[0], ids: Ids::Range { start: 0, len: 1 }, range: 0..1, stream: false };
     (best().lookup_books)(&view, &rows, Output::F32(&mut [0.0; 2]));
 }
@@ -420,7 +465,7 @@ fn a_short_book_is_refused() {
 fn an_id_outside_is_refused() {
     let entries = [0.0; 8];
     let group = Group { entries: Values::F32(&entries), width: 2, starts: &[0] };
-    let view = BooksView { dim: 2, bits: 2, row_bytes: 1, scale: 1.0, tiled: true, groups: vec![group] };
+    let view = BooksView { dim: 2, bits: 2, row_bytes: 1, scale: 1.0, scales: &[], tiled: true, groups: vec![group] };
     let rows = Rows { codes: &[0], ids: Ids::I32(&[-1]), range: 0..1, stream: false };
     (best().lookup_books)(&view, &rows, Output::F32(&mut [0.0; 2]));
 }

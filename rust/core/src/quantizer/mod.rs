@@ -3,13 +3,17 @@
 //! A quantizer is its parameters, with `fit` and an encoder. It keeps no fitted state: everything that reading needs
 //! goes into a [`Decoder`], and everything after fitting needs only that.
 
+mod deduplicating;
 mod front;
 mod kmeans;
 mod low_rank;
 mod optimized_product;
 mod product;
 mod residual;
+mod rotated;
 mod scalar;
+mod scales;
+mod sparse;
 mod trellis;
 
 use crate::algo::nearest::{Centroids, Columns, Parts};
@@ -34,6 +38,9 @@ pub const KINDS: &[Kind] = &[
     kind::<scalar::ScalarQuantizer>(),
     kind::<low_rank::LowRankQuantizer>(),
     kind::<trellis::TrellisQuantizer>(),
+    kind::<rotated::RotatedQuantizer>(),
+    kind::<sparse::SparseQuantizer>(),
+    kind::<deduplicating::DeduplicatingQuantizer>(),
 ];
 
 /// Rows that are encoded at a time; also the unit of parallel work.

@@ -4,8 +4,11 @@
 //! a scan of shrunk ranges and then alternating least squares. Numbers are quantized with the scales as they are
 //! stored, so that rounding a scale never costs more than it must.
 
+use super::scales::{factor, too_large, Chooser, Scales};
 use super::{within, Encoder, Learned, Quantizer};
-use crate::decoder::{Decoder, Granularity, Levels, LevelsSpec, Number};
+use crate::algo::levels::{best_levels, LevelTable};
+use crate::bits;
+use crate::decoder::{Decoder, Granularity, Levels, LevelsSpec, Number, ScaleDtype};
 use crate::error::{Error, Result};
 use crate::kernels::{self, Grids};
 use crate::matrix::{Matrix, Sample};
@@ -24,31 +27,129 @@ enum Clip {
     Minmax,
 }
 
+/// What a value becomes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+enum Dtype {
+    /// IEEE half precision.
+    Float16,
+    /// The upper half of a float32.
+    Bfloat16,
+    /// Eight bits: sign, four bits of exponent, three of mantissa, times a scale.
+    Float8,
+    /// Four bits: sign, two bits of exponent, one of mantissa, times a scale.
+    Float4,
+    /// Sixteen levels that normal values fill evenly, times a scale.
+    Nf4,
+    /// Sixteen levels of the row's own.
+    Free4,
+    /// Evenly spaced levels.
+    Int8,
+    Int6,
+    Int5,
+    Int4,
+    Int3,
+    Int2,
+}
+
+impl Dtype {
+    /// What a decoder reads.
+    fn number(self) -> Number {
+        match self {
+            Dtype::Float16 => Number::Float16,
+            Dtype::Bfloat16 => Number::Bfloat16,
+            Dtype::Float8 => Number::Table8,
+            Dtype::Float4 | Dtype::Nf4 => Number::Table4,
+            Dtype::Free4 => Number::Free4,
+            Dtype::Int8 => Number::Int8,
+            Dtype::Int6 => Number::Int6,
+            Dtype::Int5 => Number::Int5,
+            Dtype::Int4 => Number::Int4,
+            Dtype::Int3 => Number::Int3,
+            Dtype::Int2 => Number::Int2,
+        }
+    }
+
+    /// The levels of a scale of 1, where they are not evenly spaced.
+    fn table(self) -> Option<Vec<f32>> {
+        match self {
+            Dtype::Float8 => Some((0..=255).map(|code| small_float(code, 4, 3)).collect()),
+            Dtype::Float4 => Some((0..16).map(|code| small_float(code, 2, 1)).collect()),
+            Dtype::Nf4 => Some(NF4.to_vec()),
+            _ => None,
+        }
+    }
+}
+
+/// The levels of Dettmers et al. (2023): quantiles of the normal distribution in [-1, 1], zero among them.
+const NF4: [f32; 16] = [
+    -1.0,
+    -0.6961928,
+    -0.52507305,
+    -0.3949175,
+    -0.28444138,
+    -0.18477343,
+    -0.091050036,
+    0.0,
+    0.0795803,
+    0.1609302,
+    0.2461123,
+    0.33791524,
+    0.44070983,
+    0.562617,
+    0.72295684,
+    1.0,
+];
+
+fn power_of_two(exponent: i32) -> f32 {
+    f32::from_bits(((exponent + 127) as u32) << 23)
+}
+
+/// The value of a float of few bits: sign, exponent, mantissa, from the highest bit. With four bits of exponent the two
+/// codes of all ones are zero instead of NaN, so that every code can be read.
+fn small_float(code: u32, exponent_bits: u32, mantissa_bits: u32) -> f32 {
+    let mantissa = code & ((1 << mantissa_bits) - 1);
+    let exponent = code >> mantissa_bits & ((1 << exponent_bits) - 1);
+    let bias = (1 << (exponent_bits - 1)) - 1;
+    let (one, magnitude) = ((1 << mantissa_bits) as f32, code & ((1 << (exponent_bits + mantissa_bits)) - 1));
+    let value = match exponent {
+        _ if magnitude == 0x7f => 0.0,
+        0 => mantissa as f32 / one * power_of_two(1 - bias),
+        _ => (1.0 + mantissa as f32 / one) * power_of_two(exponent as i32 - bias),
+    };
+    if code == magnitude {
+        value
+    } else {
+        -value
+    }
+}
+
 /// Parameters of scalar quantization.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct ScalarQuantizer {
-    dtype: Number,
+    dtype: Dtype,
     granularity: Granularity,
     block_size: usize,
     clip: Clip,
     symmetric: bool,
+    scale_dtype: ScaleDtype,
 }
 
 impl Default for ScalarQuantizer {
     fn default() -> Self {
         ScalarQuantizer {
-            dtype: Number::Int8,
+            dtype: Dtype::Int8,
             granularity: Granularity::Row,
             block_size: 64,
             clip: Clip::Mse,
             symmetric: false,
+            scale_dtype: ScaleDtype::Float16,
         }
     }
 }
 
-/// Rows' scales are float16 times a power of two that brings the fitted table's largest one near 2^8: new rows may be
-/// 100 times larger, and rows 10^6 times smaller than the largest keep full precision.
+/// Rows' offsets are float16 times a power of two that brings the fitted table's largest one near 2^8, as [`Scales`] are.
 const HEADROOM: i32 = 8;
 
 /// Values that are quantized at a time, and sums that run side by side.
@@ -111,8 +212,8 @@ struct Rules {
     top: f32,
     search: bool,
     symmetric: bool,
-    /// Factors of rows' float16 scales; None where grids are stored as float32.
-    stored: Option<(f32, f32)>,
+    /// How rows' scales are stored, and the factor of their float16 offsets; None where grids are stored as float32.
+    stored: Option<(Scales, f32)>,
 }
 
 impl Rules {
@@ -129,8 +230,8 @@ impl Rules {
 
     /// A grid as it will be read back.
     fn rounded(&self, grid: Grid) -> Grid {
-        let Some((scale, offset)) = self.stored else { return grid };
-        let step = f16::from_f32(grid.step / scale).to_f32() * scale;
+        let Some((scales, offset)) = self.stored else { return grid };
+        let step = scales.round(grid.step);
         let low = if self.symmetric {
             -step * ((self.top + 1.0) / 2.0)
         } else {
@@ -142,11 +243,10 @@ impl Rules {
     /// A step as it will be read back, large enough that `steps` of it cover `reach` (to a thousandth of a step, so
     /// that values on a grid find that grid again).
     fn round_step(&self, step: f32, reach: f32, steps: f32) -> f32 {
-        let Some((scale, _)) = self.stored else { return step };
-        let half = f16::from_f32(step / scale);
-        let rounded = half.to_f32() * scale;
+        let Some((scales, _)) = self.stored else { return step };
+        let rounded = scales.round(step);
         if rounded * steps < reach - rounded * 1e-3 {
-            return f16::from_bits(half.to_bits() + 1).to_f32() * scale;
+            return scales.above(step);
         }
         rounded
     }
@@ -180,38 +280,34 @@ impl Rules {
         // Shrunk ranges around the middle of the full one: clipping outliers pays more the fewer the levels.
         let (mut best, mut least) = (full, full.error(values, self.top));
         let middle = (self.top + if self.symmetric { 1.0 } else { 0.0 }) / 2.0;
-        let centre = full.low + full.step * middle;
+        let centre = if self.symmetric { 0.0 } else { full.low + full.step * middle };
+        let signs = self.stored.is_none_or(|(scales, _)| scales.dtype == ScaleDtype::Float16);
+        let turns = self.symmetric && signs;
         for shrink in 1..=28 {
             ctx.check()?;
             let step = full.step * (1.0 - 0.03 * shrink as f32);
-            let grid = Grid { step, low: centre - step * middle };
-            let error = grid.error(values, self.top);
-            if error < least {
-                (best, least) = (grid, error);
+            // Below zero there is one level more than above: a negative step has it above.
+            for step in [step, -step] {
+                let grid = Grid { step, low: centre - step * middle };
+                let error = if step > 0.0 || turns { grid.error(values, self.top) } else { f32::INFINITY };
+                if error < least {
+                    (best, least) = (grid, error);
+                }
             }
         }
         for _ in 0..6 {
             ctx.check()?;
             let grid = best.refit(values, self.top, self.symmetric);
             let error = grid.error(values, self.top);
-            if !(error < least && grid.step > 0.0) {
+            if !(error < least && (grid.step > 0.0 || (turns && grid.step < 0.0))) {
                 break;
             }
             (best, least) = (grid, error);
         }
         let best = self.rounded(best);
-        let better = best.step > 0.0 && best.error(values, self.top) < full.error(values, self.top);
+        let better = best.step != 0.0 && best.error(values, self.top) < full.error(values, self.top);
         Ok(if better { best } else { full })
     }
-}
-
-/// The power of two p with `largest` / p in [2^HEADROOM, 2^(HEADROOM + 1)), or the smallest normal one.
-fn factor(largest: f32) -> f32 {
-    let exponent = ((largest.to_bits() >> 23) as i32 - 127 - HEADROOM).clamp(-126, 127);
-    if largest == 0.0 {
-        return 1.0;
-    }
-    f32::from_bits(((exponent + 127) as u32) << 23)
 }
 
 impl ScalarQuantizer {
@@ -220,52 +316,164 @@ impl ScalarQuantizer {
         ScalarQuantizer { granularity: Granularity::Column, ..Default::default() }
     }
 
-    fn spec(&self, dim: usize) -> LevelsSpec {
-        LevelsSpec {
-            dim,
-            dtype: self.dtype,
-            granularity: self.granularity,
-            block_size: self.block_size,
-            symmetric: self.symmetric,
-            scale_factor: 1.0,
-            offset_factor: 1.0,
-        }
+    /// The levels of a scale of 1, where they are not evenly spaced.
+    fn table(&self) -> Option<LevelTable> {
+        self.dtype.table().map(|levels| LevelTable::new(&levels))
     }
 
-    fn rules(&self, stored: Option<(f32, f32)>) -> Rules {
-        let bits = self.dtype.bits();
-        let search = self.clip == Clip::Mse && bits <= 4;
-        Rules { top: ((1u32 << bits) - 1) as f32, search, symmetric: self.symmetric, stored }
+    /// Levels need no offset: a parameter says so, or they are no even grid.
+    fn symmetric(&self) -> bool {
+        self.symmetric || self.dtype.number().is_table() || self.dtype == Dtype::Free4
+    }
+
+    fn shares_columns(&self) -> bool {
+        self.granularity == Granularity::Column && !self.dtype.number().is_float()
+    }
+
+    fn spec(&self, dim: usize) -> LevelsSpec {
+        let mut spec = LevelsSpec {
+            dim,
+            dtype: self.dtype.number(),
+            granularity: self.granularity,
+            block_size: self.block_size,
+            symmetric: self.symmetric(),
+            scale_dtype: ScaleDtype::Float16,
+            scale_factor: 1.0,
+            offset_factor: 1.0,
+        };
+        if spec.shared().is_some() {
+            spec.scale_dtype = self.scale_dtype;
+        }
+        spec
+    }
+
+    /// The decoder; `columns` holds scale and offset of each column, where columns share scales.
+    fn decoder(&self, spec: LevelsSpec, columns: Option<(&[f32], &[f32])>) -> Result<Decoder> {
+        Ok(Decoder::Levels(match self.dtype.table() {
+            Some(table) => Levels::with_table(spec, &table, columns.map(|(scale, _)| scale))?,
+            None => Levels::new(spec, columns)?,
+        }))
+    }
+
+    fn rules(&self, stored: Option<(Scales, f32)>) -> Rules {
+        let bits = self.dtype.number().bits();
+        Rules { top: ((1u32 << bits) - 1) as f32, search: self.search(), symmetric: self.symmetric, stored }
+    }
+
+    fn search(&self) -> bool {
+        self.clip == Clip::Mse && self.dtype.number().bits() <= 4
     }
 
     /// One grid a column, from all rows. A row's weight does not move the ranges.
     fn columns(&self, data: Sample, ctx: &Context) -> Result<Vec<Grid>> {
-        let rules = self.rules(None);
+        let (rules, table) = (self.rules(None), self.table());
         ctx.stage("ranges", data.dim() as u64);
         ctx.map(data.dim(), |column| {
             let values: Vec<f32> = data.rows.data().iter().skip(column).step_by(data.dim()).copied().collect();
             ctx.advance(1);
+            if let Some(table) = &table {
+                let chooser = Chooser { table, search: self.search(), stored: None };
+                return Ok(Grid { step: chooser.choose(&values, &mut vec![0; values.len()]), low: 0.0 });
+            }
             rules.choose(&values, ctx)
         })
     }
 
-    /// The powers of two that rows' scales and offsets are stored relative to.
-    fn factors(&self, data: Sample, size: usize, ctx: &Context) -> Result<(f32, f32)> {
-        let rules = self.rules(None);
-        let block = 1024 * data.dim();
+    /// The largest scale and the largest magnitude of any row or block.
+    fn largest(&self, data: Sample, size: usize, ctx: &Context) -> Result<(f32, f32)> {
+        let (rules, block) = (self.rules(None), 1024 * data.dim());
+        let levels = self.table().map_or(1.0, |table| table.reach());
         let parts = ctx.map(data.rows.data().len().div_ceil(block), |index| {
             let rows = data.rows.data()[index * block..].chunks(data.dim()).take(1024);
             let grids = rows.flat_map(|row| row.chunks(size)).map(|values| {
                 let (low, high) = range(values);
                 let reach = low.abs().max(high.abs());
+                if self.dtype.number().is_table() || self.dtype == Dtype::Free4 {
+                    return (reach / levels, reach);
+                }
                 // A lower end is rounded down by at most a thousandth, which the steps must then cover as well.
                 (rules.minmax(low, high).step + reach / (1000.0 * rules.top), reach)
             });
             Ok(grids.fold((0f32, 0f32), |(a, b), (c, d)| (a.max(c), b.max(d))))
         })?;
-        let (step, reach) = parts.into_iter().fold((0f32, 0f32), |(a, b), (c, d)| (a.max(c), b.max(d)));
-        Ok((factor(step), factor(reach)))
+        Ok(parts.into_iter().fold((0f32, 0f32), |(a, b), (c, d)| (a.max(c), b.max(d))))
     }
+
+    /// Writes rows whose levels are evenly spaced.
+    fn encode_grids(&self, levels: &Levels, rows: Matrix, codes: &mut [u8], ctx: &Context) -> Result<()> {
+        let spec = levels.spec();
+        let rules =
+            self.rules(Some((Scales { dtype: spec.scale_dtype, factor: spec.scale_factor }, spec.offset_factor)));
+        let size = spec.shared().unwrap_or(spec.dim);
+        let (mut steps, mut lows) = (vec![0f32; spec.dim], vec![0f32; spec.dim]);
+        let (mut grids, mut fields) = (Vec::new(), vec![0u8; spec.dim]);
+        for (index, code) in codes.chunks_mut(spec.row_bytes()).enumerate() {
+            let row = rows.row(index);
+            let (steps, lows) = match levels.columns() {
+                Some(columns) => columns,
+                None => {
+                    grids.clear();
+                    for (part, values) in row.chunks(size).enumerate() {
+                        let grid = rules.choose(values, ctx)?;
+                        steps[part * size..][..values.len()].fill(grid.step);
+                        lows[part * size..][..values.len()].fill(grid.low);
+                        grids.push(grid);
+                    }
+                    store(&grids, spec, &rules, &mut code[spec.level_bytes()..])?;
+                    (&steps[..], &lows[..])
+                }
+            };
+            (kernels::best().quantize)(row, &Grids { steps, lows, top: rules.top }, &mut fields);
+            pack(&fields, spec.dtype.bits(), &mut code[..spec.level_bytes()]);
+        }
+        Ok(())
+    }
+
+    /// Writes rows whose levels stand in a table.
+    fn encode_table(&self, levels: &Levels, table: &LevelTable, rows: Matrix, codes: &mut [u8]) -> Result<()> {
+        let spec = levels.spec();
+        let scales = Scales { dtype: spec.scale_dtype, factor: spec.scale_factor };
+        let chooser = Chooser { table, search: self.search(), stored: Some(scales) };
+        let mut fields = vec![0u8; spec.dim];
+        for (index, code) in codes.chunks_mut(spec.row_bytes()).enumerate() {
+            let (row, (places, pairs)) = (rows.row(index), code.split_at_mut(spec.level_bytes()));
+            if let Some((columns, _)) = levels.columns() {
+                for (t, scale) in columns.iter().enumerate() {
+                    table.nearest(&row[t..=t], *scale, &mut fields[t..=t]);
+                }
+            } else {
+                let size = spec.shared().unwrap_or(spec.dim);
+                let blocks = row.chunks(size).zip(fields.chunks_mut(size));
+                for ((values, fields), pair) in blocks.zip(pairs.chunks_mut(spec.pair_bytes())) {
+                    scales.write(chooser.choose(values, fields), pair)?;
+                }
+            }
+            pack(&fields, spec.dtype.bits(), places);
+        }
+        Ok(())
+    }
+}
+
+/// Writes rows that have their own levels.
+fn encode_free(spec: &LevelsSpec, rows: Matrix, codes: &mut [u8], ctx: &Context) -> Result<()> {
+    let size = spec.shared().unwrap_or(spec.dim);
+    let scales = Scales { dtype: ScaleDtype::Float16, factor: spec.scale_factor };
+    let mut fields = vec![0u8; spec.dim];
+    for (index, code) in codes.chunks_mut(spec.row_bytes()).enumerate() {
+        ctx.check()?;
+        let (places, pairs) = code.split_at_mut(spec.level_bytes());
+        let blocks = rows.row(index).chunks(size).zip(fields.chunks_mut(size));
+        for ((values, fields), pair) in blocks.zip(pairs.chunks_mut(spec.pair_bytes())) {
+            let mut levels: Vec<f32> = best_levels(values, 16).iter().map(|level| scales.round(*level)).collect();
+            levels.resize(16, levels[levels.len() - 1]);
+            for (level, bytes) in levels.iter().zip(pair.chunks_mut(2)) {
+                scales.write(*level, bytes)?;
+            }
+            LevelTable::new(&levels).nearest(values, 1.0, fields);
+        }
+        pack(&fields, 4, places);
+    }
+    Ok(())
 }
 
 /// Smallest and largest value.
@@ -286,65 +494,57 @@ impl Quantizer for ScalarQuantizer {
     const ABOUT: &'static str = "each value becomes a small number, with scales per row, column or block";
 
     fn check(&self) -> Result<()> {
-        within("block_size", self.block_size, 1, 1 << 24)
+        within("block_size", self.block_size, 1, 1 << 24)?;
+        if self.dtype == Dtype::Free4 && self.granularity == Granularity::Column {
+            return Err(Error::parameter("granularity", "column", "levels of their own are for rows and blocks"));
+        }
+        if self.scale_dtype == ScaleDtype::Float8 && self.dtype == Dtype::Free4 {
+            return Err(Error::parameter("scale_dtype", "float8", "levels of the row's own are float16"));
+        }
+        if self.scale_dtype == ScaleDtype::Float8 && !self.symmetric() && !self.dtype.number().is_float() {
+            return Err(Error::parameter("scale_dtype", "float8", "offsets need float16: add symmetric=True"));
+        }
+        Ok(())
     }
 
     fn blank(&self, _: usize, dim: usize) -> Result<Decoder> {
         let zeros = vec![0f32; dim];
-        let by_column = self.granularity == Granularity::Column && !self.dtype.is_float();
-        let columns = by_column.then_some((&zeros[..], &zeros[..]));
-        Ok(Decoder::Levels(Levels::new(self.spec(dim), columns)?))
+        self.decoder(self.spec(dim), self.shares_columns().then_some((&zeros[..], &zeros[..])))
     }
 
     fn fit(&self, data: Sample, ctx: &Context) -> Result<Learned> {
         let mut spec = self.spec(data.dim());
         let mut columns = None;
-        if self.granularity == Granularity::Column && !self.dtype.is_float() {
+        if self.shares_columns() {
             let grids = self.columns(data, ctx)?;
             columns = Some(grids.iter().map(|g| (g.step, g.low)).unzip::<f32, f32, Vec<f32>, Vec<f32>>());
         } else if let Some(size) = spec.shared() {
-            (spec.scale_factor, spec.offset_factor) = self.factors(data, size, ctx)?;
+            let (scale, reach) = self.largest(data, size, ctx)?;
+            spec.scale_factor = Scales::new(spec.scale_dtype, scale).factor;
+            spec.offset_factor = factor(reach, HEADROOM);
         }
         let columns = columns.as_ref().map(|(scale, offset)| (&scale[..], &offset[..]));
-        let decoder = Decoder::Levels(Levels::new(spec, columns)?);
-        Ok(Learned { decoder, codes: None, n_iter: 1, notes: Vec::new() })
+        Ok(Learned { decoder: self.decoder(spec, columns)?, codes: None, n_iter: 1, notes: Vec::new() })
     }
 
     fn encoder<'a>(&'a self, decoder: &'a Decoder, ctx: &Context) -> Result<Encoder<'a>> {
         let Decoder::Levels(levels) = decoder else {
             return Err(Error::shape("the decoder", decoder.form(), "the form levels"));
         };
-        let spec = levels.spec();
-        let rules = self.rules(Some((spec.scale_factor, spec.offset_factor)));
-        let ctx = ctx.clone();
-        Ok(Box::new(move |rows: Matrix, codes: &mut [u8]| {
-            if spec.dtype.is_float() {
-                return cast(rows, spec.dtype, codes);
-            }
-            let size = spec.shared().unwrap_or(spec.dim);
-            let (mut steps, mut lows) = (vec![0f32; spec.dim], vec![0f32; spec.dim]);
-            let (mut grids, mut fields) = (Vec::new(), vec![0u8; spec.dim]);
-            for (index, code) in codes.chunks_mut(spec.row_bytes()).enumerate() {
-                let row = rows.row(index);
-                let (steps, lows) = match levels.columns() {
-                    Some(columns) => columns,
-                    None => {
-                        grids.clear();
-                        for (part, values) in row.chunks(size).enumerate() {
-                            let grid = rules.choose(values, &ctx)?;
-                            steps[part * size..][..values.len()].fill(grid.step);
-                            lows[part * size..][..values.len()].fill(grid.low);
-                            grids.push(grid);
-                        }
-                        store(&grids, spec, &mut code[spec.level_bytes()..])?;
-                        (&steps[..], &lows[..])
-                    }
-                };
-                (kernels::best().quantize)(row, &Grids { steps, lows, top: rules.top }, &mut fields);
-                pack(&fields, spec.dtype.bits(), &mut code[..spec.level_bytes()]);
-            }
-            Ok(())
-        }))
+        let (spec, ctx) = (levels.spec(), ctx.clone());
+        if spec.dtype.is_float() {
+            return Ok(Box::new(move |rows: Matrix, codes: &mut [u8]| cast(rows, spec.dtype, codes)));
+        }
+        if spec.dtype == Number::Free4 {
+            return Ok(Box::new(move |rows: Matrix, codes: &mut [u8]| encode_free(spec, rows, codes, &ctx)));
+        }
+        if let Some(table) = levels.table().map(LevelTable::new) {
+            return Ok(Box::new(move |rows: Matrix, codes: &mut [u8]| {
+                ctx.check()?;
+                self.encode_table(levels, &table, rows, codes)
+            }));
+        }
+        Ok(Box::new(move |rows: Matrix, codes: &mut [u8]| self.encode_grids(levels, rows, codes, &ctx)))
     }
 }
 
@@ -373,11 +573,12 @@ fn cast(rows: Matrix, dtype: Number, codes: &mut [u8]) -> Result<()> {
 }
 
 /// Writes the levels of a row: `bits` of each, low bits first.
-fn pack(levels: &[u8], bits: u32, code: &mut [u8]) {
+pub(super) fn pack(levels: &[u8], bits: u32, code: &mut [u8]) {
     match bits {
         8 => code.copy_from_slice(levels),
         4 => pack_bytes::<2>(levels, code),
-        _ => pack_bytes::<4>(levels, code),
+        2 => pack_bytes::<4>(levels, code),
+        _ => bits::pack(levels.iter().map(|level| u32::from(*level)), bits, code),
     }
 }
 
@@ -392,18 +593,15 @@ fn pack_bytes<const COUNT: usize>(levels: &[u8], code: &mut [u8]) {
 }
 
 /// Writes the scales of a row after its levels.
-fn store(grids: &[Grid], spec: &LevelsSpec, code: &mut [u8]) -> Result<()> {
+fn store(grids: &[Grid], spec: &LevelsSpec, rules: &Rules, code: &mut [u8]) -> Result<()> {
+    let Some((scales, offset)) = rules.stored else { return Ok(()) };
     for (grid, pair) in grids.iter().zip(code.chunks_exact_mut(spec.pair_bytes())) {
-        let step = f16::from_f32(grid.step / spec.scale_factor);
-        let low = f16::from_f32(grid.low / spec.offset_factor);
-        if !(step.is_finite() && (spec.symmetric || low.is_finite())) {
-            return Err(Error::OutOfRange {
-                what: "a row is more than 100 times larger than any row that was fitted".into(),
-                why: "fit again with rows like it".into(),
-            });
-        }
-        pair[..2].copy_from_slice(&step.to_le_bytes());
+        scales.write(grid.step, pair)?;
         if !spec.symmetric {
+            let low = f16::from_f32(grid.low / offset);
+            if !low.is_finite() {
+                return Err(too_large());
+            }
             pair[2..].copy_from_slice(&low.to_le_bytes());
         }
     }
@@ -436,7 +634,10 @@ mod tests {
         for top in [3.0, 15.0] {
             for symmetric in [false, true] {
                 let values: Vec<f32> = (0..64).map(|_| rng.normal() as f32).collect();
-                let searched = Rules { top, search: true, symmetric, stored: Some((1.0 / 256.0, 1.0 / 256.0)) };
+                let scales = Scales { dtype: ScaleDtype::Float16, factor: 1.0 / 256.0 };
+                let stored = Some((scales, 1.0 / 256.0));
+                let searched = Rules { top, search: true, symmetric, stored };
+
                 let full = Rules { search: false, ..searched };
                 let choose = |rules: &Rules| rules.choose(&values, &Context::default()).unwrap();
                 assert!(choose(&searched).error(&values, top) <= choose(&full).error(&values, top));

@@ -6,6 +6,8 @@ use std::marker::PhantomData;
 
 /// Type of the values of a codebook.
 trait Entry: Copy {
+    /// Each book has a scale of its own.
+    const SCALED: bool = false;
     unsafe fn load<S: Widen>(from: *const Self) -> S;
     unsafe fn one<S: Widen>(self) -> f32;
 }
@@ -44,6 +46,19 @@ impl Entry for Bf16 {
     #[inline(always)]
     unsafe fn one<S: Widen>(self) -> f32 {
         f32::from_bits(u32::from(self.0) << 16)
+    }
+}
+
+impl Entry for i8 {
+    const SCALED: bool = true;
+    #[inline(always)]
+    unsafe fn load<S: Widen>(from: *const i8) -> S {
+        // SAFETY: passed on to the caller.
+        unsafe { S::load_i8(from) }
+    }
+    #[inline(always)]
+    unsafe fn one<S: Widen>(self) -> f32 {
+        f32::from(self)
     }
 }
 
@@ -87,6 +102,10 @@ unsafe fn run<S: Widen>(view: &BooksView, job: impl Job) {
                 8 => run_typed::<S, f32, 8>(view, job),
                 _ => run_typed::<S, f32, 0>(view, job),
             },
+            Some(Values::I8(_)) => match view.bits {
+                8 => run_typed::<S, i8, 8>(view, job),
+                _ => run_typed::<S, i8, 0>(view, job),
+            },
             _ => job.rows::<S>(&Mixed(view), view.dim),
         }
     }
@@ -96,7 +115,13 @@ unsafe fn run<S: Widen>(view: &BooksView, job: impl Job) {
 unsafe fn run_typed<S: Widen, E: Entry, const BITS: u32>(view: &BooksView, job: impl Job) {
     let (first, dim, row_bytes) = (&view.groups[0], view.dim, view.row_bytes);
     let (width, alone) = (first.width, view.groups.len() == 1);
-    let books = Books::<E, BITS> { first: first_entry(first.entries), width, bits: view.bits, scale: view.scale };
+    let books = Books::<E, BITS> {
+        first: first_entry(first.entries),
+        width,
+        bits: view.bits,
+        scale: view.scale,
+        scales: view.scales.as_ptr(),
+    };
     // SAFETY: a reader is chosen for the places and the widths of the books that it is made for.
     unsafe {
         if alone && dim >= S::LANES && first.starts.iter().all(|start| *start == 0) && width == dim && !view.tiled {
@@ -112,18 +137,27 @@ unsafe fn run_typed<S: Widen, E: Entry, const BITS: u32>(view: &BooksView, job: 
         if !(view.tiled && in_order && at == dim) {
             return job.rows::<S>(&Any::<S, E, BITS> { view, types: PhantomData }, dim);
         }
+        // The scale of each column.
+        let columns: Vec<f32> = match E::SCALED {
+            true => {
+                let mut scales = view.scales.iter();
+                let groups = view.groups.iter().flat_map(|group| group.starts.iter().map(|_| group.width));
+                groups.flat_map(|width| std::iter::repeat_n(scales.next().copied().unwrap_or(1.0), width)).collect()
+            }
+            false => Vec::new(),
+        };
         match width {
-            2 if alone && dim >= S::LANES => job.run::<S>(&Tiles::<E, 2, BITS>(books), row_bytes, dim),
-            4 if alone && dim >= S::LANES => job.run::<S>(&Tiles::<E, 4, BITS>(books), row_bytes, dim),
-            8 if alone && dim >= S::LANES => job.run::<S>(&Tiles::<E, 8, BITS>(books), row_bytes, dim),
-            16 if alone && dim >= S::LANES => job.run::<S>(&Tiles::<E, 16, BITS>(books), row_bytes, dim),
+            2 if alone && dim >= S::LANES => job.run::<S>(&Tiles::<E, 2, BITS>(books, &columns), row_bytes, dim),
+            4 if alone && dim >= S::LANES => job.run::<S>(&Tiles::<E, 4, BITS>(books, &columns), row_bytes, dim),
+            8 if alone && dim >= S::LANES => job.run::<S>(&Tiles::<E, 8, BITS>(books, &columns), row_bytes, dim),
+            16 if alone && dim >= S::LANES => job.run::<S>(&Tiles::<E, 16, BITS>(books, &columns), row_bytes, dim),
             _ if view.groups.iter().all(|group| group.width >= S::LANES) => {
                 job.run::<S>(&Parts::<S, E, BITS>::new(view), row_bytes, dim)
             }
             _ if view.groups.iter().all(|group| group.width >= S::Half::LANES) => {
                 job.run::<S::Half>(&Parts::<S::Half, E, BITS>::new(view), row_bytes, dim)
             }
-            _ => job.rows::<S>(&Gather::<S, E, BITS> { view, types: PhantomData }, dim),
+            _ => job.rows::<S>(&Gather::<S, E, BITS> { view, columns: &columns, types: PhantomData }, dim),
         }
     }
 }
@@ -132,6 +166,7 @@ fn first_entry<T>(values: Values) -> *const T {
     match values {
         Values::F32(values) => values.as_ptr().cast(),
         Values::F16(values) | Values::Bf16(values) => values.as_ptr().cast(),
+        Values::I8(values) => values.as_ptr().cast(),
     }
 }
 
@@ -159,9 +194,21 @@ struct Books<E, const BITS: u32> {
     width: usize,
     bits: u32,
     scale: f32,
+    /// One for each book, where they have their own.
+    scales: *const f32,
 }
 
 impl<E: Entry, const BITS: u32> Books<E, BITS> {
+    /// What entries of book `m` are multiplied by.
+    #[inline(always)]
+    unsafe fn scale(&self, m: usize) -> f32 {
+        match E::SCALED {
+            // SAFETY: there is a scale for each book.
+            true => unsafe { *self.scales.add(m) },
+            false => self.scale,
+        }
+    }
+
     /// The entry of book `m` that a row picks.
     #[inline(always)]
     unsafe fn entry(&self, row: *const u8, m: usize, width: usize) -> *const E {
@@ -174,9 +221,9 @@ impl<E: Entry, const BITS: u32> Books<E, BITS> {
 }
 
 /// Books side by side whose width is a power of two: narrow entries are joined into whole vectors.
-struct Tiles<E, const WIDTH: usize, const BITS: u32>(Books<E, BITS>);
+struct Tiles<'a, E, const WIDTH: usize, const BITS: u32>(Books<E, BITS>, &'a [f32]);
 
-impl<S: Widen, E: Entry, const WIDTH: usize, const BITS: u32> Reader<S> for Tiles<E, WIDTH, BITS> {
+impl<S: Widen, E: Entry, const WIDTH: usize, const BITS: u32> Reader<S> for Tiles<'_, E, WIDTH, BITS> {
     #[inline(always)]
     unsafe fn read<const N: usize>(&self, row: *const u8, vector: usize, dim: usize) -> [S; N] {
         // SAFETY: columns `t` to `t + LANES` are inside the row, and `t` is a multiple of the lesser of width and lanes.
@@ -189,6 +236,7 @@ impl<S: Widen, E: Entry, const WIDTH: usize, const BITS: u32> Reader<S> for Tile
             for i in 0..N {
                 let t = start + i * S::LANES;
                 let (book, offset) = if beside > 0 { (first + i * beside, 0) } else { (t / WIDTH, t % WIDTH) };
+                let scale = if E::SCALED { S::load(self.1.as_ptr().add(t)) } else { scale };
                 values[i] = join::<S, E, WIDTH>(|place| self.0.entry(row, book + place, WIDTH), offset).mul(scale);
             }
             values
@@ -208,7 +256,9 @@ unsafe fn join<S: Widen, E: Entry, const WIDTH: usize>(entry: impl Fn(usize) -> 
         let mut words = [0u64; 8];
         for place in 0..S::LANES / WIDTH {
             let (from, at) = (entry(place), place * bytes);
-            if bytes == 4 {
+            if bytes == 2 {
+                words[at / 8] |= u64::from(from.cast::<u16>().read_unaligned()) << (at % 8 * 8);
+            } else if bytes == 4 {
                 words[at / 8] |= u64::from(from.cast::<u32>().read_unaligned()) << (at % 8 * 8);
             } else {
                 for word in 0..bytes / 8 {
@@ -235,7 +285,8 @@ impl<S: Widen, E: Entry, const BITS: u32> Parts<S, E, BITS> {
             // Book `m` of the row is book `m - before` of the group.
             let before = m << view.bits;
             let first = first_entry::<E>(group.entries).wrapping_sub(before * group.width);
-            books.push(Books { first, width: group.width, bits: view.bits, scale: view.scale });
+            let scales = view.scales.as_ptr();
+            books.push(Books { first, width: group.width, bits: view.bits, scale: view.scale, scales });
             for start in group.starts {
                 for t in (0..group.width).step_by(S::LANES) {
                     let t = t.min(group.width - S::LANES);
@@ -274,7 +325,7 @@ impl<S: Widen, E: Entry, const BITS: u32> Reader<S> for Parts<S, E, BITS> {
                 let books = &self.books[group as usize];
                 let entry = books.first.wrapping_add(((m as usize) << books.bits) * books.width);
                 let entry = entry.wrapping_add(code::<BITS>(row, books.bits, m as usize) * books.width);
-                values[i] = E::load::<S>(entry.add(t as usize)).mul(S::splat(books.scale));
+                values[i] = E::load::<S>(entry.add(t as usize)).mul(S::splat(books.scale(m as usize)));
             }
             values
         }
@@ -293,7 +344,7 @@ impl<S: Widen, E: Entry, const BITS: u32> Reader<S> for Sum<E, BITS> {
         // SAFETY: all books are as wide as the row, which has the columns.
         unsafe {
             let t = <Self as Reader<S>>::column::<N>(self, vector, dim);
-            let scale = S::splat(self.books.scale);
+            let scale = S::splat(self.books.scale(0));
             let mut sums = [scale; N];
             let first = self.books.entry(row, 0, dim);
             for i in 0..N {
@@ -302,6 +353,7 @@ impl<S: Widen, E: Entry, const BITS: u32> Reader<S> for Sum<E, BITS> {
             }
             for m in 1..self.count {
                 let entry = self.books.entry(row, m, dim);
+                let scale = S::splat(self.books.scale(m));
                 for i in 0..N {
                     sums[i] = E::load::<S>(entry.add(t + i * S::LANES)).fma(scale, sums[i]);
                 }
@@ -347,7 +399,7 @@ impl<S: Widen, E: Entry, const BITS: u32> Decode for Any<'_, S, E, BITS> {
                     // SAFETY: a code is below 2^bits and the book has `width << bits` values.
                     unsafe {
                         let entry = (book << view.bits) + code::<BITS>(row, view.bits, m);
-                        place::<S, E>(entries.add(entry * group.width), view.scale, store, out);
+                        place::<S, E>(entries.add(entry * group.width), view.scale_of(m), store, out);
                     }
                     m += 1;
                 }
@@ -378,6 +430,25 @@ unsafe fn place<S: Widen, E: Entry>(entry: *const E, scale: f32, store: bool, ou
     }
 }
 
+/// Puts whole rows whose columns have scales of their own.
+#[inline(always)]
+unsafe fn place_columns<S: Widen, E: Entry>(values: *const E, columns: &[f32], out: &mut [f32]) {
+    let (dim, whole) = (columns.len(), columns.len() - columns.len() % S::LANES);
+    for (row, out) in out.chunks_exact_mut(dim).enumerate() {
+        // SAFETY: there are as many values as `out` has.
+        unsafe {
+            let values = values.add(row * dim);
+            for t in (0..whole).step_by(S::LANES) {
+                let scale = S::load(columns.as_ptr().add(t));
+                E::load::<S>(values.add(t)).mul(scale).store(out.as_mut_ptr().add(t));
+            }
+            for t in whole..dim {
+                out[t] = (*values.add(t)).one::<S>() * columns[t];
+            }
+        }
+    }
+}
+
 /// Values that [`gather`] collects before it converts them: they stay in the first level cache, and the wide loads come
 /// long enough after the narrow stores not to wait for them.
 const SCRATCH: usize = 1024;
@@ -385,6 +456,8 @@ const SCRATCH: usize = 1024;
 /// Books side by side, of any widths: the entries of several rows are collected, then converted in one go.
 struct Gather<'a, S, E, const BITS: u32> {
     view: &'a BooksView<'a>,
+    /// The scale of each column, where books have their own.
+    columns: &'a [f32],
     types: PhantomData<(S, E)>,
 }
 
@@ -425,7 +498,12 @@ impl<S: Widen, E: Entry, const BITS: u32> Decode for Gather<'_, S, E, BITS> {
             }
             if filled == step || done + filled == out.len() {
                 // SAFETY: `filled` values of the scratch were written just now.
-                unsafe { place::<S, E>(scratch.as_ptr(), view.scale, true, &mut out[done..done + filled]) };
+                unsafe {
+                    match E::SCALED {
+                        true => place_columns::<S, E>(scratch.as_ptr(), self.columns, &mut out[done..done + filled]),
+                        false => place::<S, E>(scratch.as_ptr(), view.scale, true, &mut out[done..done + filled]),
+                    }
+                }
                 (done, filled) = (done + filled, 0);
             }
         }

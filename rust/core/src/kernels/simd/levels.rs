@@ -1,35 +1,73 @@
 //! Rows of small numbers with scales.
 
 use super::rows::{Bf16, Decode, Job, Lookup, Pool, Reader, Source, F16};
-use super::{check, scalar, Bags, Level, LevelsView, Output, Rows, Scales, Widen};
+use super::{check, scalar, Bags, Level, LevelsView, Meaning, Output, Rows, Scales, Widen};
 use std::marker::PhantomData;
 
-/// How a level is read: [`Level`] as a type, so that each has its own loop.
+/// How a level is read: [`Level`] and [`Meaning`] as a type, so that each has its own loop.
 trait LevelType {
-    const LEVEL: Level;
-    /// Reads `LANES` levels.
-    unsafe fn load<S: Widen>(from: *const u8) -> S;
+    /// Levels are looked up in the view's table: there is no offset.
+    const TABLE: bool = false;
+    /// Bits of a level.
+    fn bits(view: &LevelsView) -> usize;
+    /// Reads what `LANES` levels from level `t` of a row on stand for.
+    unsafe fn load<S: Widen>(view: &LevelsView, row: *const u8, t: usize) -> S;
 }
 
 macro_rules! level_type {
-    ($name:ident, $level:ident, $load:ident) => {
+    ($name:ident, $bits:literal, $load:ident) => {
         struct $name;
         impl LevelType for $name {
-            const LEVEL: Level = Level::$level;
             #[inline(always)]
-            unsafe fn load<S: Widen>(from: *const u8) -> S {
+            fn bits(_: &LevelsView) -> usize {
+                $bits
+            }
+            #[inline(always)]
+            unsafe fn load<S: Widen>(_: &LevelsView, row: *const u8, t: usize) -> S {
                 // SAFETY: passed on to the caller.
-                unsafe { S::$load(from.cast()) }
+                unsafe { S::$load(row.add(t * $bits / 8).cast()) }
             }
         }
     };
 }
 
-level_type!(ReadF16, F16, load_f16);
-level_type!(ReadBf16, Bf16, load_bf16);
-level_type!(ReadU8, U8, load_u8);
-level_type!(ReadU4, U4, load_u4);
-level_type!(ReadU2, U2, load_u2);
+level_type!(ReadF16, 16, load_f16);
+level_type!(ReadBf16, 16, load_bf16);
+level_type!(ReadU8, 8, load_u8);
+level_type!(ReadU4, 4, load_u4);
+level_type!(ReadU2, 2, load_u2);
+
+/// Levels of any width.
+struct ReadBits;
+
+impl LevelType for ReadBits {
+    #[inline(always)]
+    fn bits(view: &LevelsView) -> usize {
+        view.level.bits() as usize
+    }
+    #[inline(always)]
+    unsafe fn load<S: Widen>(view: &LevelsView, row: *const u8, t: usize) -> S {
+        // SAFETY: passed on to the caller.
+        unsafe { S::load_bits(row, t, view.level.bits()) }
+    }
+}
+
+/// Entries of a table, by levels of any width.
+struct ReadTable;
+
+impl LevelType for ReadTable {
+    const TABLE: bool = true;
+    #[inline(always)]
+    fn bits(view: &LevelsView) -> usize {
+        view.level.bits() as usize
+    }
+    #[inline(always)]
+    unsafe fn load<S: Widen>(view: &LevelsView, row: *const u8, t: usize) -> S {
+        let Meaning::Table(table) = view.meaning else { unreachable!() };
+        // SAFETY: passed on to the caller; the table has an entry for every level, and whole vectors.
+        unsafe { S::load_table(row, t, view.level.bits(), table.as_ptr()) }
+    }
+}
 
 #[inline(always)]
 pub(in crate::kernels) unsafe fn lookup_levels<S: Widen>(view: &LevelsView, rows: &Rows, out: Output) {
@@ -55,12 +93,18 @@ pub(in crate::kernels) unsafe fn pool_levels<S: Widen>(view: &LevelsView, bags: 
 unsafe fn run<S: Widen>(view: &LevelsView, job: impl Job) {
     // SAFETY: passed on to the caller.
     unsafe {
+        match view.meaning {
+            Meaning::Number => {}
+            Meaning::Table(_) => return run_levels::<S, ReadTable>(view, job),
+            Meaning::Own => return job.rows::<S>(&Own(view), view.dim),
+        }
         match view.level {
             Level::F16 => run_floats::<S, ReadF16>(view, job),
             Level::Bf16 => run_floats::<S, ReadBf16>(view, job),
             Level::U8 => run_levels::<S, ReadU8>(view, job),
             Level::U4 => run_levels::<S, ReadU4>(view, job),
             Level::U2 => run_levels::<S, ReadU2>(view, job),
+            Level::Bits(_) => run_levels::<S, ReadBits>(view, job),
         }
     }
 }
@@ -81,7 +125,7 @@ unsafe fn run_floats<S: Widen, L: LevelType>(view: &LevelsView, job: impl Job) {
 unsafe fn run_levels<S: Widen, L: LevelType>(view: &LevelsView, job: impl Job) {
     // Each vector starts on a whole byte and has its scales in one place.
     let (dim, whole) = (view.dim, view.dim.is_multiple_of(S::LANES));
-    let bytes = dim >= S::LANES && (whole || (dim * L::LEVEL.bits() as usize).is_multiple_of(8));
+    let bytes = dim >= S::LANES && (whole || (dim * L::bits(view)).is_multiple_of(8));
     // SAFETY: passed on to the caller.
     unsafe {
         match view.scales {
@@ -124,8 +168,13 @@ impl<S: Widen, L: LevelType, const SCALES: u8> Reader<S> for Vectors<'_, L, SCAL
             let mut values = [S::splat(0.0); N];
             for i in 0..N {
                 let t = start + i * S::LANES;
-                let level = L::load::<S>(code.add(t * L::LEVEL.bits() as usize / 8));
+                let level = L::load::<S>(self.view, code, t);
                 values[i] = match (SCALES, self.view.scales) {
+                    (COLUMNS, Scales::Columns { scale, .. }) if L::TABLE => level.mul(S::load(scale.as_ptr().add(t))),
+                    (BLOCKS, Scales::Row { block, .. }) if L::TABLE => {
+                        level.mul(pair::<S, L>(self.view, pairs, t / block).0)
+                    }
+                    (ROW, _) if L::TABLE => level.mul(shared.0),
                     (COLUMNS, Scales::Columns { scale, offset }) => {
                         level.fma(S::load(scale.as_ptr().add(t)), S::load(offset.as_ptr().add(t)))
                     }
@@ -145,16 +194,27 @@ impl<S: Widen, L: LevelType, const SCALES: u8> Reader<S> for Vectors<'_, L, SCAL
 /// Scale and offset of a block, as [`scalar::pair_at`] has it but with the CPU's own conversion.
 #[inline(always)]
 unsafe fn pair<S: Widen, L: LevelType>(view: &LevelsView, pairs: *const u8, index: usize) -> (S, S) {
-    let Scales::Row { symmetric, scale_factor, offset_factor, .. } = view.scales else { unreachable!() };
+    let Scales::Row { symmetric, narrow, scale_factor, offset_factor, .. } = view.scales else { unreachable!() };
     // SAFETY: the row has a pair for each block; the instruction set is the caller's.
     unsafe {
         let number = |at: usize| S::splat(S::one_f16(u16::from_le(pairs.add(2 * at).cast::<u16>().read_unaligned())));
         if symmetric {
-            let scale = number(index).mul(S::splat(scale_factor));
-            (scale, scale.mul(S::splat(-((1u32 << (L::LEVEL.bits() - 1)) as f32))))
+            let scale = if narrow { S::splat(S::one_f16(u16::from(*pairs.add(index)) << 6)) } else { number(index) };
+            let scale = scale.mul(S::splat(scale_factor));
+            (scale, scale.mul(S::splat(-((1u32 << (L::bits(view) - 1)) as f32))))
         } else {
             (number(2 * index).mul(S::splat(scale_factor)), number(2 * index + 1).mul(S::splat(offset_factor)))
         }
+    }
+}
+
+/// Rows that have levels of their own: the plain loop.
+struct Own<'a>(&'a LevelsView<'a>);
+
+impl Decode for Own<'_> {
+    #[inline(always)]
+    unsafe fn decode(&self, rows: &Rows, out: &mut [f32]) {
+        scalar::decode_levels(self.0, rows, out);
     }
 }
 
@@ -168,7 +228,7 @@ impl<S: Widen, L: LevelType> Decode for Spans<'_, S, L> {
     #[inline(always)]
     unsafe fn decode(&self, rows: &Rows, out: &mut [f32]) {
         let view = self.view;
-        let (dim, bits) = (view.dim, L::LEVEL.bits() as usize);
+        let (dim, bits) = (view.dim, L::bits(view));
         if let Scales::Row { block, .. } = view.scales {
             // Vectors start on whole bytes; blocks that do not are rare enough for the plain loop.
             if block < dim && !(block * bits).is_multiple_of(8) {
@@ -177,27 +237,33 @@ impl<S: Widen, L: LevelType> Decode for Spans<'_, S, L> {
         }
         let mut out = out.chunks_exact_mut(dim);
         let mut source = Source::new::<S>(rows, view.row_bytes);
-        while let Some(code) = source.next::<S>() {
+        while let Some(row) = source.next::<S>() {
             let Some(out) = out.next() else { break };
             // SAFETY: a row of the source has `row_bytes` bytes.
-            let code = unsafe { std::slice::from_raw_parts(code, view.row_bytes) };
+            let code = unsafe { std::slice::from_raw_parts(row, view.row_bytes) };
             // SAFETY: the row has `dim` levels, whole blocks of which start on whole bytes, and a pair for each block.
             unsafe {
                 match view.scales {
-                    Scales::None => span::<S, L>(code, out, |_| (S::splat(1.0), S::splat(-0.0)), |level, _| level),
-                    Scales::Columns { scale, offset } => span::<S, L>(
-                        code,
-                        out,
-                        |t| (S::load(scale.as_ptr().add(t)), S::load(offset.as_ptr().add(t))),
-                        |level, t| level.mul_add(scale[t], offset[t]),
-                    ),
+                    Scales::None => {
+                        span::<S, L>(view, row, 0, out, |_| (S::splat(1.0), S::splat(-0.0)));
+                        rest::<S>(view, code, 0, out, |_| (1.0, -0.0));
+                    }
+                    Scales::Columns { scale, .. } if L::TABLE => {
+                        span::<S, L>(view, row, 0, out, |t| (S::load(scale.as_ptr().add(t)), S::splat(0.0)));
+                        rest::<S>(view, code, 0, out, |t| (scale[t], 0.0));
+                    }
+                    Scales::Columns { scale, offset } => {
+                        let load = |t| (S::load(scale.as_ptr().add(t)), S::load(offset.as_ptr().add(t)));
+                        span::<S, L>(view, row, 0, out, load);
+                        rest::<S>(view, code, 0, out, |t| (scale[t], offset[t]));
+                    }
                     Scales::Row { block, .. } => {
                         let pairs = &code[view.level_bytes()..];
                         for (index, out) in out.chunks_mut(block).enumerate() {
                             let shared = pair::<S, L>(view, pairs.as_ptr(), index);
-                            let (scale, offset) = scalar::pair_at(view, pairs, index);
-                            let one = |level: f32, _| level.mul_add(scale, offset);
-                            span::<S, L>(&code[index * (block * bits / 8)..], out, |_| shared, one);
+                            span::<S, L>(view, row, index * block, out, |_| shared);
+                            let alone = scalar::pair_at(view, pairs, index);
+                            rest::<S>(view, code, index * block, out, |_| alone);
                         }
                     }
                 }
@@ -206,24 +272,45 @@ impl<S: Widen, L: LevelType> Decode for Spans<'_, S, L> {
     }
 }
 
-/// `out.len()` levels from the start of `code`, as fma(level, scale, offset) in vectors and `one` of the rest.
+/// What is left of `out.len()` levels after whole vectors.
+fn whole<S: Widen>(out: &[f32]) -> usize {
+    out.len() - out.len() % S::LANES
+}
+
+/// `out.len()` levels from level `start` of a row on, those in whole vectors; `start` is on a whole byte.
 #[inline(always)]
 unsafe fn span<S: Widen, L: LevelType>(
-    code: &[u8],
+    view: &LevelsView,
+    row: *const u8,
+    start: usize,
     out: &mut [f32],
     scales: impl Fn(usize) -> (S, S),
-    one: impl Fn(f32, usize) -> f32,
 ) {
-    let whole = out.len() - out.len() % S::LANES;
-    for t in (0..whole).step_by(S::LANES) {
-        // SAFETY: `code` holds all levels of `out`; a multiple of the lanes (4 at least, of 2 bits) is whole bytes.
+    for t in (0..whole::<S>(out)).step_by(S::LANES) {
+        // SAFETY: the row holds all levels of `out`; a multiple of the lanes is whole bytes, or the load takes care of it.
         unsafe {
-            let level = L::load::<S>(code.as_ptr().add(t * L::LEVEL.bits() as usize / 8));
+            let level = L::load::<S>(view, row, start + t);
             let (scale, offset) = scales(t);
-            level.fma(scale, offset).store(out.as_mut_ptr().add(t));
+            let value = match (L::TABLE, view.scales) {
+                (_, Scales::None) => level,
+                (true, _) => level.mul(scale),
+                (false, _) => level.fma(scale, offset),
+            };
+            value.store(out.as_mut_ptr().add(t));
         }
     }
-    for t in whole..out.len() {
-        out[t] = one(scalar::level_at(L::LEVEL, code, t), t);
+}
+
+/// The levels that [`span`] left out, one by one.
+#[inline(always)]
+fn rest<S: Widen>(view: &LevelsView, code: &[u8], start: usize, out: &mut [f32], scales: impl Fn(usize) -> (f32, f32)) {
+    for t in whole::<S>(out)..out.len() {
+        let entry = scalar::entry_at(view, code, start + t);
+        let (scale, offset) = scales(t);
+        out[t] = match (view.meaning, view.scales) {
+            (_, Scales::None) => entry,
+            (Meaning::Table(_), _) => entry * scale,
+            _ => entry.mul_add(scale, offset),
+        };
     }
 }

@@ -28,7 +28,8 @@ pub(super) use trellis::{decode_trellis, sweep, Trace};
 pub(super) use vectors::{axpy, to_bf16, to_f16};
 
 use super::{
-    check, scalar, Bags, BooksView, Extension, Ids, Level, LevelsView, Output, Panels, Products, Rows, Scales, Values,
+    check, scalar, Bags, BooksView, Extension, Ids, Level, LevelsView, Meaning, Output, Panels, Products, Rows, Scales,
+    Values,
 };
 
 /// A loop that is compiled for an instruction set: see [`Widen::enter`].
@@ -85,12 +86,19 @@ pub(in crate::kernels) trait Widen: Simd {
     unsafe fn load_f16(from: *const u16) -> Self;
     /// Reads `LANES` numbers of bfloat16.
     unsafe fn load_bf16(from: *const u16) -> Self;
+    /// Reads `LANES` bytes with signs.
+    unsafe fn load_i8(from: *const i8) -> Self;
     /// Reads `LANES` bytes.
     unsafe fn load_u8(from: *const u8) -> Self;
     /// Reads `LANES` nibbles, low bits first.
     unsafe fn load_u4(from: *const u8) -> Self;
     /// Reads `LANES` pairs of bits, low bits first.
     unsafe fn load_u2(from: *const u8) -> Self;
+    /// Reads `LANES` integers of `bits` bits (1 to 8) from number `t` of a row on, low bits first. `t * bits` is a multiple of
+    /// 8 where `LANES` is.
+    unsafe fn load_bits(row: *const u8, t: usize, bits: u32) -> Self;
+    /// As [`Widen::load_bits`], then the entries of a table that they pick. The table has 2^bits entries and at least 16.
+    unsafe fn load_table(row: *const u8, t: usize, bits: u32, table: *const f32) -> Self;
     /// Rounds to half precision, to nearest even, and writes `LANES` of them; with `STREAM` as [`Widen::stream`] does.
     unsafe fn store_f16<const STREAM: bool>(self, to: *mut u16);
     /// Rounds to bfloat16, to nearest even, and writes `LANES` of them; with `STREAM` as [`Widen::stream`] does.

@@ -118,6 +118,62 @@ impl Simd for Eight {
     }
 }
 
+/// For each width of integers: the two bytes that hold each of sixteen, spread to 32 bits.
+static SPREAD: [[u8; 64]; 16] = {
+    let mut all = [[0x80; 64]; 16];
+    let mut bits = 1;
+    while bits <= 8 {
+        let mut lane = 0;
+        while lane < 16 {
+            all[bits][4 * lane] = (lane * bits / 8) as u8;
+            all[bits][4 * lane + 1] = (lane * bits / 8 + 1) as u8 & 15;
+            lane += 1;
+        }
+        bits += 1;
+    }
+    all
+};
+
+/// For each width of integers: where each of sixteen starts in its first byte.
+static SHIFTS: [[u32; 16]; 16] = {
+    let mut all = [[0; 16]; 16];
+    let mut bits = 1;
+    while bits <= 8 {
+        let mut lane = 0;
+        while lane < 16 {
+            all[bits][lane] = (lane * bits % 8) as u32;
+            lane += 1;
+        }
+        bits += 1;
+    }
+    all
+};
+
+/// Eight integers of `bits` bits, low bits first. Reads eight bytes.
+#[inline(always)]
+unsafe fn eight_fields(from: *const u8, bits: u32) -> __m256i {
+    // SAFETY: the caller has the instruction set and eight bytes; tables have an entry for each width.
+    unsafe {
+        let all = _mm256_broadcastsi128_si256(_mm_loadl_epi64(from.cast()));
+        let spread = _mm256_shuffle_epi8(all, _mm256_loadu_si256(SPREAD[bits as usize & 15].as_ptr().cast()));
+        let each = _mm256_srlv_epi32(spread, _mm256_loadu_si256(SHIFTS[bits as usize & 15].as_ptr().cast()));
+        _mm256_and_si256(each, _mm256_set1_epi32((1 << bits) - 1))
+    }
+}
+
+/// Sixteen integers of `bits` bits, low bits first. Reads eight bytes, or sixteen above 4 bits.
+#[inline(always)]
+unsafe fn sixteen_fields(from: *const u8, bits: u32) -> __m512i {
+    // SAFETY: the caller has the instruction set and the bytes; tables have an entry for each width.
+    unsafe {
+        let all = if bits <= 4 { _mm_loadl_epi64(from.cast()) } else { _mm_loadu_si128(from.cast()) };
+        let all = _mm512_broadcast_i32x4(all);
+        let spread = _mm512_shuffle_epi8(all, _mm512_loadu_si512(SPREAD[bits as usize & 15].as_ptr().cast()));
+        let each = _mm512_srlv_epi32(spread, _mm512_loadu_si512(SHIFTS[bits as usize & 15].as_ptr().cast()));
+        _mm512_and_si512(each, _mm512_set1_epi32((1 << bits) - 1))
+    }
+}
+
 impl Widen for Eight {
     type Half = Eight;
     const REGISTERS: usize = 16;
@@ -137,6 +193,9 @@ impl Widen for Eight {
             let wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(from.cast()));
             Eight(_mm256_castsi256_ps(_mm256_slli_epi32::<16>(wide)))
         };
+        fn load_i8(from: *const i8) -> Self = {
+            Eight(_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(from.cast()))))
+        };
         fn load_u8(from: *const u8) -> Self = {
             Eight(_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64(from.cast()))))
         };
@@ -149,6 +208,19 @@ impl Widen for Eight {
             let all = _mm256_set1_epi32(i32::from(from.cast::<u16>().read_unaligned()));
             let each = _mm256_srlv_epi32(all, _mm256_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14));
             Eight(_mm256_cvtepi32_ps(_mm256_and_si256(each, _mm256_set1_epi32(3))))
+        };
+        fn load_bits(row: *const u8, t: usize, bits: u32) -> Self = {
+            Eight(_mm256_cvtepi32_ps(eight_fields(row.add(t * bits as usize / 8), bits)))
+        };
+        fn load_table(row: *const u8, t: usize, bits: u32, table: *const f32) -> Self = {
+            let places = eight_fields(row.add(t * bits as usize / 8), bits);
+            if bits > 4 {
+                return Eight(_mm256_i32gather_ps::<4>(table, places));
+            }
+            let low = _mm256_permutevar8x32_ps(_mm256_loadu_ps(table), places);
+            let high = _mm256_permutevar8x32_ps(_mm256_loadu_ps(table.add(8)), places);
+            // The fourth bit of a place becomes the sign that a blend goes by.
+            Eight(_mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32::<28>(places))))
         };
         fn one_f16(bits: u16) -> f32 = _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(i32::from(bits))));
     }
@@ -338,6 +410,9 @@ impl Widen for Sixteen {
             let wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(from.cast()));
             Sixteen(_mm512_castsi512_ps(_mm512_slli_epi32::<16>(wide)))
         };
+        fn load_i8(from: *const i8) -> Self = {
+            Sixteen(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(from.cast()))))
+        };
         fn load_u8(from: *const u8) -> Self = {
             Sixteen(_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(from.cast()))))
         };
@@ -353,6 +428,20 @@ impl Widen for Sixteen {
             let places = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
             let each = _mm512_and_si512(_mm512_srlv_epi32(all, places), _mm512_set1_epi32(3));
             Sixteen(_mm512_cvtepi32_ps(each))
+        };
+        fn load_bits(row: *const u8, t: usize, bits: u32) -> Self = {
+            Sixteen(_mm512_cvtepi32_ps(sixteen_fields(row.add(t * bits as usize / 8), bits)))
+        };
+        fn load_table(row: *const u8, t: usize, bits: u32, table: *const f32) -> Self = {
+            let places = sixteen_fields(row.add(t * bits as usize / 8), bits);
+            match bits {
+                0..=4 => Sixteen(_mm512_permutexvar_ps(places, _mm512_loadu_ps(table))),
+                5 => {
+                    let (low, high) = (_mm512_loadu_ps(table), _mm512_loadu_ps(table.add(16)));
+                    Sixteen(_mm512_permutex2var_ps(low, places, high))
+                }
+                _ => Sixteen(_mm512_i32gather_ps::<4>(places, table)),
+            }
         };
         fn one_f16(bits: u16) -> f32 = Eight::one_f16(bits);
     }
