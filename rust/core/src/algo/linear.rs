@@ -112,17 +112,7 @@ impl Hadamard {
     }
 
     fn transform(&self, values: &mut [f32]) {
-        let mut half = 1;
-        while half < values.len() {
-            for pair in values.chunks_exact_mut(2 * half) {
-                let (low, high) = pair.split_at_mut(half);
-                for (a, b) in low.iter_mut().zip(high) {
-                    (*a, *b) = (*a + *b, *a - *b);
-                }
-            }
-            half *= 2;
-        }
-        values.iter_mut().for_each(|value| *value *= self.factor);
+        (kernels::best().hadamard)(values, self.factor);
     }
 }
 

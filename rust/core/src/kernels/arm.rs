@@ -29,6 +29,7 @@ static NEON: Kernels = Kernels {
     extend,
     decode_trellis,
     sweep,
+    hadamard: scalar::hadamard,
     quantize: scalar::quantize,
     grid_error: scalar::grid_error,
     axpy,

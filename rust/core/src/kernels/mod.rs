@@ -582,6 +582,8 @@ pub struct Kernels {
     /// are best for each of its heads, the state without its `b` lowest bits: the lowest of equals. `least` is room for
     /// the heads' costs, and [`SWEEP_PADDING`] numbers.
     pub sweep: fn(&Sweep, &mut [f32], &mut [f32], &mut [u8]),
+    /// `hadamard(values, factor)`: the Walsh-Hadamard transform of 2^k values, times a factor.
+    pub hadamard: fn(&mut [f32], f32),
     /// `quantize(values, grids, levels)`: the nearest level to each value, halves up; 0 where the step is 0.
     pub quantize: fn(&[f32], &Grids, &mut [u8]),
     /// `grid_error(values, step, low, top)`: squared error of the values on a grid of levels 0 to `top`.

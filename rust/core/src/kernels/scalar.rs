@@ -25,6 +25,7 @@ pub(super) static KERNELS: Kernels = Kernels {
     extend,
     decode_trellis,
     sweep,
+    hadamard,
     quantize,
     grid_error,
     axpy,
@@ -178,6 +179,44 @@ pub(super) fn merge(some: Range<usize>, heads: usize, costs: &[f32], least: &mut
         }
         (least[head], back[head]) = (best, which as u8);
     }
+}
+
+/// Sums and differences of each value with the one `half` places on, for half = 1, 2, 4, ... in turn; then all times
+/// `factor`. Several turns are taken at a time, which gives the same bits.
+#[inline(always)]
+pub(super) fn hadamard(values: &mut [f32], factor: f32) {
+    assert!(values.len().is_power_of_two(), "values of a Walsh-Hadamard transform");
+    let mut half = 1;
+    if values.len() >= 8 {
+        for eight in values.as_chunks_mut::<8>().0 {
+            let [a, b, c, d, e, f, g, h] = *eight;
+            let [a, b, c, d, e, f, g, h] = [a + b, a - b, c + d, c - d, e + f, e - f, g + h, g - h];
+            let [a, b, c, d, e, f, g, h] = [a + c, b + d, a - c, b - d, e + g, f + h, e - g, f - h];
+            *eight = [a + e, b + f, c + g, d + h, a - e, b - f, c - g, d - h];
+        }
+        half = 8;
+    }
+    while 4 * half <= values.len() {
+        for four in values.chunks_exact_mut(4 * half) {
+            let (low, high) = four.split_at_mut(2 * half);
+            let ((a, b), (c, d)) = (low.split_at_mut(half), high.split_at_mut(half));
+            for (((a, b), c), d) in a.iter_mut().zip(b).zip(c).zip(d) {
+                let (p, q, r, s) = (*a + *b, *a - *b, *c + *d, *c - *d);
+                (*a, *b, *c, *d) = (p + r, q + s, p - r, q - s);
+            }
+        }
+        half *= 4;
+    }
+    while half < values.len() {
+        for pair in values.chunks_exact_mut(2 * half) {
+            let (low, high) = pair.split_at_mut(half);
+            for (a, b) in low.iter_mut().zip(high) {
+                (*a, *b) = (*a + *b, *a - *b);
+            }
+        }
+        half *= 2;
+    }
+    values.iter_mut().for_each(|value| *value *= factor);
 }
 
 pub(super) fn half_at(bytes: &[u8], index: usize) -> u16 {

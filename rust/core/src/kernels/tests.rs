@@ -418,6 +418,25 @@ fn grids() {
 }
 
 #[test]
+fn walsh_hadamard() {
+    for size in (0..12).map(|k| 1usize << k) {
+        let values = floats(&mut Rng::new(size as u64), size);
+        let mut expected = values.clone();
+        for half in (0..size.ilog2()).map(|k| 1 << k) {
+            for at in (0..size).filter(|at| at & half == 0) {
+                let (a, b) = (expected[at], expected[at + half]);
+                (expected[at], expected[at + half]) = (a + b, a - b);
+            }
+        }
+        for kernels in available() {
+            let mut got = values.clone();
+            (kernels.hadamard)(&mut got, 0.3);
+            assert!(got.iter().zip(&expected).all(|(got, v)| *got == v * 0.3), "{} {size}", kernels.name);
+        }
+    }
+}
+
+#[test]
 fn packing_transposes() {
     for kernels in available() {
         let (rows, width, stride) = (kernels.panel_rows + 3, 11, 13);

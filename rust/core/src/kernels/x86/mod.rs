@@ -47,6 +47,7 @@ static AVX2: Kernels = Kernels {
     extend: avx2_extend,
     decode_trellis: avx2_decode_trellis,
     sweep: avx2_sweep,
+    hadamard: avx2_hadamard,
     quantize: avx2_quantize,
     grid_error: avx2_grid_error,
     axpy,
@@ -74,6 +75,7 @@ static AVX512: Kernels = Kernels {
     extend: avx512_extend,
     decode_trellis: avx512_decode_trellis,
     sweep: avx512_sweep,
+    hadamard: avx512_hadamard,
     quantize: avx512_quantize,
     grid_error: avx512_grid_error,
     axpy,
@@ -159,9 +161,17 @@ fn carries(words: &[u32], mask: u32, one: u32) -> u32 {
     unsafe { inside(words, mask, one) }
 }
 
-/// The plain loops of scalar quantization, which the compiler turns into vectors of these features.
+/// The plain loops of scalar quantization and of rotations, which the compiler turns into vectors of these features.
 macro_rules! plain {
-    ($features:literal, $quantize:ident, $grid_error:ident) => {
+    ($features:literal, $quantize:ident, $grid_error:ident, $hadamard:ident) => {
+        fn $hadamard(values: &mut [f32], factor: f32) {
+            #[target_feature(enable = $features)]
+            fn inside(values: &mut [f32], factor: f32) {
+                scalar::hadamard(values, factor);
+            }
+            // SAFETY: the tables of this file are handed out only where the CPU has the features.
+            unsafe { inside(values, factor) }
+        }
         fn $quantize(values: &[f32], grids: &Grids, levels: &mut [u8]) {
             #[target_feature(enable = $features)]
             fn inside(values: &[f32], grids: &Grids, levels: &mut [u8]) {
@@ -181,5 +191,5 @@ macro_rules! plain {
     };
 }
 
-plain!("avx2", avx2_quantize, avx2_grid_error);
-plain!("avx512f,avx512bw,avx512vl,avx2", avx512_quantize, avx512_grid_error);
+plain!("avx2", avx2_quantize, avx2_grid_error, avx2_hadamard);
+plain!("avx512f,avx512bw,avx512vl,avx2", avx512_quantize, avx512_grid_error, avx512_hadamard);
