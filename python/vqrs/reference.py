@@ -1078,11 +1078,11 @@ def encode_trellis(
     codes = np.zeros((len(x), description["row_bytes"]), np.uint8)
     for row, number, code in zip(np.asarray(x, np.float64), numbers, codes, strict=True):
         scaled = [level * tensors["scales"][number] for level in levels]
-        states = None
-        for cut in (dim // 2, 0, dim // 2):
+        states = np.zeros(dim, np.int64)
+        for turn, cut in enumerate((dim // 2, 0, dim // 2)):
             order = [*range(cut - 1, -1, -1), *range(dim - 1, cut - 1, -1)]
-            kept = None if states is None else int(states[order[-1]]) % (1 << (state_bits - bits[order[0]]))
-            states = _best_states(row, order, bits, scaled, kept)
+            kept = int(states[order[-1]]) % (1 << (state_bits - bits[order[0]]))
+            states = _best_states(row, order, bits, scaled, kept if turn else None)
         stream = [(state >> bit) & 1 for state, count in zip(states, bits, strict=True) for bit in range(count)]
         behind = [(int(number) >> bit) & 1 for bit in range(scale_bits)]
         packed = np.packbits(np.array([*stream, *behind], np.uint8), bitorder="little")

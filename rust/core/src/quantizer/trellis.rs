@@ -216,7 +216,8 @@ impl Sizes {
 
 impl TrellisQuantizer {
     fn row_bytes(&self, dim: usize) -> usize {
-        ((self.n_bits * dim as f64 / 8.0).ceil() as usize).clamp(1, dim)
+        // Less a little, so that a number of bits made from whole bytes gives these.
+        ((self.n_bits * dim as f64 / 8.0 - 1e-9).ceil() as usize).clamp(1, dim)
     }
 
     /// Bits of the number of a row's scale, of `wanted` ones: a quarter of the row at most.
