@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -60,10 +61,11 @@ class Family:
 
 
 class Variant(NamedTuple):
-    """Parameters that start ladders of their own, and the least effort that tries them."""
+    """Parameters that start ladders of their own, and the least and greatest effort that try them."""
 
     parameters: dict[str, Any]
     effort: int = FAST
+    until: int = BEST
 
 
 class Rates(NamedTuple):
@@ -86,7 +88,7 @@ class Rates(NamedTuple):
 ROWS_PER_CENTROID = 64
 """Codebooks of more than 256 entries are tried where each entry stands for so many rows."""
 
-MOST_WORK = (20.0, 60.0, float("inf"))
+MOST_WORK = (10.0, 50.0, float("inf"))
 """Full fits that would take longer, by the formulas above, are left out; of each effort."""
 
 
@@ -120,15 +122,41 @@ def _scales(n_rows: int, dim: int) -> list[Variant]:
     ]
 
 
-def _trellis_rates(n_rows: int, dim: int, variant: Mapping[str, Any]) -> Sequence[float]:
+def _row_bits(n_rows: int, dim: int, variant: Mapping[str, Any]) -> Sequence[float]:
+    """Bits a value, a byte more a row from step to step; whole bits where all columns have as many."""
     if variant.get("bit_allocation") != "variance":
-        return [1, 2, 3, 4]
-    return [step / 32 for step in range(4, 32 * 8 + 1)]
+        return range(1, 5)
+    # Rounded down, so that no step is rounded up to the next byte.
+    return [math.floor(8e4 * n_bytes / dim) / 1e4 for n_bytes in range(1, dim + 1)]
+
+
+def _windows(n_rows: int, dim: int) -> list[Variant]:
+    """Windows as long as each effort has time for, so that a search is tried once and not for each of them."""
+    found = []
+    for effort, longest in ((FAST, 10), (BALANCED, 14), (BEST, 16)):
+        fitting = [
+            b for b in range(8, longest + 1) if _window_work(n_rows, dim, {"state_bits": b}) <= MOST_WORK[effort]
+        ]
+        windows = {"state_bits": max(fitting, default=8)}
+        found += [
+            Variant(windows | {"bit_allocation": "variance", "rotation_dtype": "int8"}, effort, effort),
+            Variant(windows | {"bit_allocation": "even"}, effort, effort),
+        ]
+    return found
+
+
+def _window_work(n_rows: int, dim: int, p: Mapping[str, Any]) -> float:
+    return 2.2e-10 * n_rows * dim * float(1 << p["state_bits"])
 
 
 def _beam_work(n_rows: int, dim: int, p: Mapping[str, Any]) -> float:
     entries = p["n_stages"] << p["n_bits"]
-    return 3e-10 * n_rows * entries * (p["beam_width"] + dim) * (1 + p.get("n_refinements", 0))
+    return 1.2e-10 * n_rows * entries * (p["beam_width"] + dim) * (1 + p["n_refinements"])
+
+
+def _descent_work(n_rows: int, dim: int, p: Mapping[str, Any]) -> float:
+    per_row = (p["n_codebooks"] << p["n_bits"]) * (dim + p["n_searches"] * p["n_perturbations"] * p["n_codebooks"])
+    return 6e-11 * n_rows * per_row * p["n_rounds"]
 
 
 _ENTRIES = _variants((FAST, {}), (BALANCED, {"codebook_dtype": "int8"}))
@@ -138,10 +166,27 @@ RATES = {
     "scalar": Rates("dtype", _listed("int2", "int3", "int4", "int5", "int6", "int8", "float16"), _scales),
     "rotated": Rates("n_bits", _listed(*range(1, 9)), _variants((FAST, {}), (BALANCED, {"scale_dtype": "float8"}))),
     "product": Rates("n_subvectors", _divided, _ENTRIES, (4, 5, 6, 7, 8, 10, 12)),
+    "low-rank": Rates("n_components", _divided, _variants(*((FAST, {"dtype": f"int{b}"}) for b in (8, 6, 5, 4, 3)))),
     # Codebooks are padded to a power of two, so nothing between two of them is smaller than the larger.
     "kmeans": Rates("n_clusters", lambda n_rows, dim, _: [1 << b for b in range(1, 17) if 1 << b < 2 * n_rows]),
     "optimized-product": Rates("n_subvectors", _divided, _TURNED, (4, 6, 8, 10)),
+    "trellis": Rates("n_bits", _row_bits, _windows, work=_window_work),
+    "sparse": Rates("density", lambda n_rows, dim, _: [k / 64 for k in range(1, 49)]),
+    "product-residual": Rates(
+        "n_subvectors",
+        _divided,
+        _variants(*((BALANCED, {"n_stages": stages}) for stages in (2, 3, 4))),
+        (4, 6, 8),
+    ),
     "residual": Rates("n_stages", _stages, _ENTRIES, (4, 6, 8, 10), stagewise=True, work=_beam_work),
+    "additive": Rates(
+        "n_codebooks",
+        _stages,
+        _variants((BALANCED, {}), (BALANCED, {"codebook_dtype": "int8"})),
+        (4, 6, 8),
+        stagewise=True,
+        work=_descent_work,
+    ),
 }
 """How each kind is searched, from the cheapest to the dearest to try; :func:`_guessed` serves those without a line."""
 
@@ -186,7 +231,7 @@ def _families_of(
     if rates is None:
         yield Family([Ladder(kind, parameters, None, [None], shape)], 0)
         return
-    variants = [v.parameters for v in rates.variants(*shape) if v.effort <= effort]
+    variants = [v.parameters for v in rates.variants(*shape) if v.effort <= effort <= v.until]
     agreeing = [v for v in variants if all(parameters.get(name, v[name]) == v[name] for name in v)]
     # What the user fixed may be in none of the variants; what the effort leaves out stays out.
     for variant in agreeing or ([{}] if parameters else []):

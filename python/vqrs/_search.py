@@ -55,9 +55,30 @@ class Effort(NamedTuple):
 
 
 EFFORTS = {
-    "fast": Effort(FAST, 4096, 1 << 20, {"max_iter": 3, "n_refinements": 0}, 1, 1.0),
-    "balanced": Effort(BALANCED, 8192, 1 << 22, {"max_iter": 5, "n_refinements": 1}, 2, 1.04),
-    "best": Effort(BEST, 16_384, 1 << 23, {"max_iter": 10, "n_refinements": 2}, 4, 1.15),
+    "fast": Effort(
+        FAST,
+        4096,
+        1 << 20,
+        {"max_iter": 3, "n_refinements": 0, "state_bits": 8, "n_rounds": 2, "n_searches": 2},
+        1,
+        1.0,
+    ),
+    "balanced": Effort(
+        BALANCED,
+        8192,
+        1 << 22,
+        {"max_iter": 5, "n_refinements": 1, "state_bits": 10, "n_rounds": 4, "n_searches": 4},
+        2,
+        1.04,
+    ),
+    "best": Effort(
+        BEST,
+        16_384,
+        1 << 23,
+        {"max_iter": 10, "n_refinements": 2, "state_bits": 12, "n_rounds": 8, "n_searches": 8},
+        4,
+        1.15,
+    ),
 }
 
 
