@@ -119,8 +119,8 @@ def test_repeats_for_a_random_state(small_rows, goal):
 
 def test_weights_matter(small_rows):
     weights = np.where(np.arange(3000) < 300, 1.0, 0.0)
-    weighted = vqrs.compress(small_rows, ratio=16, sample_weight=weights, random_state=0)
-    plain = vqrs.compress(small_rows, ratio=16, random_state=0)
+    weighted = vqrs.compress(small_rows, ratio=16, method="product", sample_weight=weights, random_state=0)
+    plain = vqrs.compress(small_rows, ratio=16, method="product", random_state=0)
 
     def error_of_first(table):
         return ((table[:300] - small_rows[:300]) ** 2).sum()

@@ -123,9 +123,7 @@ def _scales(n_rows: int, dim: int) -> list[Variant]:
 
 
 def _row_bits(n_rows: int, dim: int, variant: Mapping[str, Any]) -> Sequence[float]:
-    """Bits a value, a byte more a row from step to step; whole bits where all columns have as many."""
-    if variant.get("bit_allocation") != "variance":
-        return range(1, 5)
+    """Bits a value, a byte more a row from step to step."""
     # Rounded down, so that no step is rounded up to the next byte.
     return [math.floor(8e4 * n_bytes / dim) / 1e4 for n_bytes in range(1, dim + 1)]
 
@@ -165,12 +163,12 @@ _TURNED = _variants((BALANCED, {}), (BALANCED, {"codebook_dtype": "int8", "rotat
 RATES = {
     "scalar": Rates("dtype", _listed("int2", "int3", "int4", "int5", "int6", "int8", "float16"), _scales),
     "rotated": Rates("n_bits", _listed(*range(1, 9)), _variants((FAST, {}), (BALANCED, {"scale_dtype": "float8"}))),
+    "trellis": Rates("n_bits", _row_bits, _windows, work=_window_work),
     "product": Rates("n_subvectors", _divided, _ENTRIES, (4, 5, 6, 7, 8, 10, 12)),
     "low-rank": Rates("n_components", _divided, _variants(*((FAST, {"dtype": f"int{b}"}) for b in (8, 6, 5, 4, 3)))),
     # Codebooks are padded to a power of two, so nothing between two of them is smaller than the larger.
     "kmeans": Rates("n_clusters", lambda n_rows, dim, _: [1 << b for b in range(1, 17) if 1 << b < 2 * n_rows]),
     "optimized-product": Rates("n_subvectors", _divided, _TURNED, (4, 6, 8, 10)),
-    "trellis": Rates("n_bits", _row_bits, _windows, work=_window_work),
     "sparse": Rates("density", lambda n_rows, dim, _: [k / 64 for k in range(1, 49)]),
     "product-residual": Rates(
         "n_subvectors",

@@ -35,6 +35,9 @@ CLOSE_ENOUGH = 0.97
 LEAST_GAIN = 0.01
 """Codebooks grow while each growth takes off at least this share of the error at equal bytes."""
 
+TOO_FAR = 1.25
+"""A codebook of another size does not bring a kind back that is so many times above the best error."""
+
 LOOKUP_ROWS = 1024
 """Random rows of a lookup whose time is taken."""
 
@@ -183,6 +186,8 @@ class Search:
             return ladder[self._usable_steps(ladder, steps) - 1]
 
         best = top(family.ladders[family.start])
+        if best is not None and self._error(best) > TOO_FAR * least:
+            return best
         for side in (family.ladders[: family.start][::-1], family.ladders[family.start + 1 :]):
             for ladder in side:
                 other = top(ladder)
