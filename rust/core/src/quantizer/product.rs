@@ -218,7 +218,8 @@ impl Quantizer for ProductQuantizer {
         let (variances, vectors) = eigen(&second_moments(sample, ctx)?, dim, ctx)?;
         let order = self.components(&variances);
         let principal = order.iter().flat_map(|at| &vectors[at * dim..(at + 1) * dim]).copied().collect();
-        ctx.stage("rotation", (2 * TRIAL_ROUNDS + ROUNDS) as u64);
+        let iterations = FIRST_ITERATIONS * self.parts(dim);
+        ctx.stage("rotation", (2 * (TRIAL_ROUNDS + iterations) + ROUNDS) as u64);
         let mut best: Option<Turned> = None;
         for rotation in [principal, identity(dim)] {
             let start = Turned { rotation, books: Vec::new(), error: f64::INFINITY };
