@@ -43,7 +43,11 @@ class Ladder:
 
     def steps_within(self, nbytes: float) -> int:
         """How many steps take no more than so many bytes."""
-        return bisect.bisect_right(range(len(self)), nbytes, key=lambda step: self[step].nbytes)
+        steps = bisect.bisect_right(range(len(self)), nbytes, key=lambda step: self[step].nbytes)
+        # Padding can make a step a few bytes larger than the next.
+        while steps > 0 and self[steps - 1].nbytes > nbytes:
+            steps -= 1
+        return steps
 
 
 @dataclass(frozen=True)
