@@ -5,6 +5,7 @@ import importlib
 import statistics
 import sys
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from types import ModuleType
@@ -24,7 +25,7 @@ def optional(name: str) -> ModuleType | None:
         return None
 
 
-class Contender:
+class Contender(ABC):
     """One way to do a job. A subclass gives ``run``, which is timed; everything else happens outside the clock."""
 
     group: str
@@ -37,9 +38,9 @@ class Contender:
         """A batch as this library wants it."""
         return batch
 
+    @abstractmethod
     def run(self, batches: Sequence[Any]) -> Any:
         """Does the job once for each batch and returns the last answer."""
-        raise NotImplementedError
 
     def timed(self, batches: Sequence[Any], clock: Clock) -> tuple[float, Any]:
         """Seconds of ``run``, and its answer."""
