@@ -510,3 +510,32 @@ fn carries_find_full_exponents() {
         }
     }
 }
+
+/// Scores of 0 and -0 before a lower one: which of them is the second one must not depend on the width of vectors.
+#[test]
+fn zeros_of_both_signs_are_one_score() {
+    let mut seen: Option<Vec<u32>> = None;
+    for kernels in available() {
+        let total = 3usize.next_multiple_of(kernels.block_centers);
+        let mut panels = vec![0.0; kernels.panel_rows];
+        (kernels.pack)(&[0.0], 1, 1, &[0.0], &mut panels);
+        let mut half_norms = vec![f32::INFINITY; total];
+        half_norms[..3].copy_from_slice(&[0.0, -0.0, -1.0]);
+        let (centers, labels): (Vec<f32>, Vec<u32>) = (vec![1.0; total], (0..total as u32).collect());
+        let task = Panels {
+            width: 1,
+            rows: &panels,
+            stride: kernels.panel_rows,
+            centers: &centers,
+            half_norms: &half_norms,
+            labels: &labels,
+            next: panels.as_ptr(),
+            next_values: 0,
+        };
+        let rows = kernels.panel_rows;
+        let (mut found, mut best, mut second) = (vec![7; rows], vec![1.0; rows], vec![1.0; rows]);
+        (kernels.nearest)(&task, &mut found, &mut best, &mut second);
+        let bits = vec![found[0], best[0].to_bits(), second[0].to_bits()];
+        assert_eq!(*seen.get_or_insert_with(|| bits.clone()), bits, "{}", kernels.name);
+    }
+}
