@@ -77,13 +77,6 @@ TRAINABLE = {
     },
     "int8 codebooks": {"method": "product", "n_subvectors": 5, "n_bits": 3, "codebook_dtype": "int8"},
     "nf4 of a row": {"method": "scalar", "dtype": "nf4"},
-    "nf4 of a block, scales of a byte": {
-        "method": "scalar",
-        "dtype": "nf4",
-        "granularity": "block",
-        "block_size": 4,
-        "scale_dtype": "float8",
-    },
     "nf4 of a column": {"method": "scalar", "dtype": "nf4", "granularity": "column"},
     "levels of a row's own": {"method": "scalar", "dtype": "free4"},
     "rotated": {"method": "rotated", "n_bits": 3},
@@ -170,8 +163,8 @@ def test_books_of_any_layout_equal_the_reference(bits: int) -> None:
 
 
 def test_unknown_form_is_named() -> None:
-    with pytest.raises(ValueError, match="form 'trellis'"):
-        decoder_from_parts({"form": "trellis", "dim": 4}, {}, torch.zeros(1, 1, dtype=torch.uint8))
+    with pytest.raises(ValueError, match="form 'cloud'"):
+        decoder_from_parts({"form": "cloud", "dim": 4}, {}, torch.zeros(1, 1, dtype=torch.uint8))
 
 
 # ---- Embedding ------------------------------------------------------------------------------------------------------
@@ -497,7 +490,8 @@ def test_a_trained_module_becomes_a_table(compression: dict, tmp_path: Path) -> 
     assert losses[-1] < 0.9 * losses[0]
     table = embedding.to_table()
     assert table.names[7] == "7"
-    torch.testing.assert_close(decoded(table), embedding.weight.detach(), rtol=2e-3, atol=5e-3)
+    step = 2e-2 if "int8" in compression.values() else 5e-3  # integers of a codebook share a scale
+    torch.testing.assert_close(decoded(table), embedding.weight.detach(), rtol=2e-3, atol=step)
     table.save(tmp_path / "trained.safetensors")
     again = vqrs.torch.Embedding.from_table(tmp_path / "trained.safetensors")
     assert torch.equal(again.weight, decoded(table))
