@@ -32,6 +32,8 @@ class Ladder:
     shape: tuple[int, int]
     stagewise: bool = False
     """No step takes off a larger share of the error than those before it did."""
+    measured: bool = False
+    """The bytes depend on the rows: what a step says is about those of the rows themselves."""
 
     def __len__(self) -> int:
         return len(self.values)
@@ -39,6 +41,8 @@ class Ladder:
     def __getitem__(self, step: int) -> Candidate:
         chosen = {} if self.rate is None else {self.rate: self.values[step]}
         parameters = self.fixed | chosen
+        if self.measured:
+            return Candidate(self.kind, parameters, 4 * self.shape[0] * self.shape[1])
         return Candidate(self.kind, parameters, estimated_bytes(self.kind, parameters, self.shape))
 
     def steps_within(self, nbytes: float) -> int:
@@ -87,6 +91,8 @@ class Rates(NamedTuple):
     """About the seconds that a fit of (n_rows, dim) with all the parameters takes one core. A formula and no
     measurement, so that the choice repeats.
     """
+    measured: bool = False
+    """The bytes depend on the rows, and a fit is cheap enough to find out."""
 
 
 ROWS_PER_CENTROID = 64
@@ -114,14 +120,14 @@ def _variants(*variants: tuple[int, dict[str, Any]]) -> Callable[[int, int], lis
 
 def _scales(n_rows: int, dim: int) -> list[Variant]:
     sizes = [size for size in (32, 64, 128) if size < dim]
-    blocks = [{"granularity": "block", "block_size": size} for size in sizes]
+    blocks: list[dict[str, Any]] = [{"granularity": "block", "block_size": size} for size in sizes]
+    in_one = [{"granularity": "row"}, *blocks]
     return [
         Variant({"granularity": "row"}),
         Variant({"granularity": "column"}),
         *map(Variant, blocks),
         Variant({"granularity": "row", "symmetric": True, "center": True, "rotation": "random"}, BALANCED),
-        *(Variant({"dtype": "nf4"} | block, BALANCED) for block in [{"granularity": "row"}, *blocks]),
-        *(Variant({"dtype": "free4"} | block, BALANCED) for block in [{"granularity": "row"}, *blocks]),
+        *(Variant({"dtype": dtype} | block, BALANCED) for dtype in ("nf4", "free4") for block in in_one),
         *(Variant({"symmetric": True, "scale_dtype": "float8"} | block, BALANCED) for block in blocks),
     ]
 
@@ -165,6 +171,7 @@ _ENTRIES = _variants((FAST, {}), (BALANCED, {"codebook_dtype": "int8"}))
 _TURNED = _variants((BALANCED, {}), (BALANCED, {"codebook_dtype": "int8", "rotation_dtype": "int8"}))
 
 RATES = {
+    "deduplicating": Rates("tolerance", _listed(0.0), measured=True),
     "scalar": Rates("dtype", _listed("int2", "int3", "int4", "int5", "int6", "int8", "float16"), _scales),
     "rotated": Rates("n_bits", _listed(*range(1, 9)), _variants((FAST, {}), (BALANCED, {"scale_dtype": "float8"}))),
     "trellis": Rates("n_bits", _row_bits, _windows, work=_window_work),
@@ -263,7 +270,7 @@ def _ladder(
     """The steps of a ladder that the kind accepts and that are not too much work."""
     values = [None] if rates.rate in fixed else rates.values(*shape, fixed)
     rate = None if rates.rate in fixed else rates.rate
-    ladder = Ladder(kind, fixed, rate, values, shape, rates.stagewise)
+    ladder = Ladder(kind, fixed, rate, values, shape, rates.stagewise, rates.measured)
     if not set(fixed) <= set(defaults):
         return Ladder(kind, fixed, rate, [], shape)
 
@@ -278,7 +285,7 @@ def _ladder(
         accepted = [value for step, value in enumerate(values) if not refused(step)]
     else:
         accepted = list(values[: bisect.bisect_left(range(len(values)), True, key=refused)])
-    return Ladder(kind, fixed, rate, accepted, shape, rates.stagewise)
+    return Ladder(kind, fixed, rate, accepted, shape, rates.stagewise, rates.measured)
 
 
 def _guessed(defaults: dict[str, Any]) -> Rates | None:

@@ -149,6 +149,9 @@ class Search:
 
     def least_error(self, families: list[Family], nbytes: int) -> Fitted | None:
         """The fit of least error of at most so many bytes; None if nothing is as small."""
+        exact = self._measured(families)
+        if exact is not None and exact.candidate.nbytes <= nbytes and exact.error == 0:
+            return exact
         candidates = self.candidates_within(families, nbytes)
         if not candidates:
             return None
@@ -163,6 +166,7 @@ class Search:
         """The best step of each family that is small enough, but for those that cannot win. With ``alone``, a candidate
         that has no other beside it is not tried.
         """
+        families = _of_known_size(families)
         reachable = [ladder for family in families for ladder in family.ladders if ladder.steps_within(nbytes) > 0]
         if alone and len(reachable) == 1 and reachable[0].steps_within(nbytes) == 1:
             return [reachable[0][0]]
@@ -202,8 +206,23 @@ class Search:
     # ---- least bytes within an error ----
 
     def least_bytes(self, families: list[Family], max_error: float) -> Fitted:
-        """The fit of least bytes with at most this error: trials tell where to start on a ladder, real fits decide."""
-        ladders = [ladder for family in families for ladder in family.outward()]
+        """The fit of least bytes with at most this error."""
+        exact = self._measured(families)
+        try:
+            fitted = self._least_of_ladders(families, max_error)
+        except ValueError:
+            if exact is None or exact.error > max_error:
+                raise
+            return exact
+        if exact is not None and exact.error <= max_error and exact.candidate.nbytes < fitted.candidate.nbytes:
+            return exact
+        return fitted
+
+    def _least_of_ladders(self, families: list[Family], max_error: float) -> Fitted:
+        """Trials tell where to start on a ladder, real fits decide."""
+        ladders = [ladder for family in _of_known_size(families) for ladder in family.outward()]
+        if not ladders:
+            raise ValueError(f"max_error={max_error:g} cannot be reached: these rows have too few equals")
         queue = self._starts(ladders, OPTIMISM * max_error)
         least = math.inf
         while queue:
@@ -281,6 +300,20 @@ class Search:
             fitted = other
 
     # ---- fits ----
+
+    def _measured(self, families: list[Family]) -> Fitted | None:
+        """The fit of a kind whose bytes only a fit tells; None where it saves nothing."""
+        ladders = [ladder for family in families for ladder in family.ladders if ladder.measured]
+        fitted = self._attempt(ladders[0][0]) if ladders else None
+        if fitted is None:
+            return None
+        table = _core.Table.from_codec(fitted.codec, fitted.codes, errors={"relative": fitted.error})
+        # The codes of rows that were not in the sample have the same width.
+        more = (len(self.x) - len(fitted.codes)) * fitted.codec.row_bytes
+        nbytes = table.nbytes + more + more // 4096
+        if nbytes >= fitted.candidate.nbytes:
+            return None
+        return fitted._replace(candidate=fitted.candidate._replace(nbytes=nbytes))
 
     def fit(self, candidate: Candidate) -> Fitted:
         """In full, on the whole sample."""
@@ -383,6 +416,10 @@ class Search:
                 return True
             before, stages = now, 2 * stages
         return False
+
+
+def _of_known_size(families: list[Family]) -> list[Family]:
+    return [family for family in families if not family.ladders[0].measured]
 
 
 def _read_sample(x: Any, weights: NDArray[np.float64] | None, generator: np.random.Generator) -> Sample:
