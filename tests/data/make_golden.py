@@ -36,6 +36,7 @@ TABLES = {
     "linear-hadamard-table2-v1": ("rotated", {"n_bits": 2}),
     "sparse-columns-float16-v1": ("sparse", {"density": 0.2}),
     "sparse-bitmap-int8-v1": ("sparse", {"density": 0.6, "dtype": "int8"}),
+    "join-sum-v1": ("scalar", {"dtype": "int2", "residual": {"kind": "scalar", "parameters": {"dtype": "int4"}}}),
     "trellis-even-v1": ("trellis", {"n_bits": 3.5, "scale_bits": 2, "center": False, "rotation": None}),
     "trellis-variance-v1": (
         "trellis",
