@@ -568,8 +568,9 @@ def encode_rotated(
 ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
     """Levels of the normal distribution with a scale for each row (Zandieh et al. 2025); the rotation is not done here.
 
-    Levels and the scale with the least squared error follow each other, once from a scale that gives the values the
-    variance of the levels' distribution, and once from one that puts the largest value on the last level.
+    Levels and the scale with the least squared error follow each other, from a scale that gives the values the variance
+    of the levels' distribution, from one that puts the largest value on the last level and, above four levels, from two
+    around the first.
 
     Parameters
     ----------
@@ -590,7 +591,9 @@ def encode_rotated(
     rows, table = np.asarray(x, np.float64), np.asarray(levels, np.float64)
     best = np.full(len(rows), np.inf)
     best_places, best_scales = np.zeros(rows.shape, np.int64), np.zeros(len(rows))
-    for scale in (np.sqrt((rows**2).mean(axis=1)), np.abs(rows).max(axis=1) / np.abs(table).max()):
+    middle = np.sqrt((rows**2).mean(axis=1))
+    starts = [middle, np.abs(rows).max(axis=1) / np.abs(table).max(), 0.85 * middle, 1.15 * middle]
+    for scale in starts[: 4 if len(table) > 4 else 2]:
         for _ in range(rounds):
             places = _nearest_places(rows / np.where(scale > 0, scale, np.inf)[:, None], table)
             chosen = table[places]

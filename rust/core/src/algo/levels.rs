@@ -3,8 +3,11 @@
 /// Most levels of a [`LevelTable`].
 pub const MOST_LEVELS: usize = 256;
 
-/// Levels that are compared with one after the other; more are found by halving.
+/// Levels that are compared with one after the other; of more, cells of equal width say where to begin.
 const FEW: usize = 16;
+
+/// Cells between the first and the last bound.
+const CELLS: usize = 2048;
 
 /// Numbers that are looked up side by side.
 const RUN: usize = 64;
@@ -16,8 +19,12 @@ pub struct LevelTable {
     values: Vec<f32>,
     /// Places in the order of their levels; of equal levels the first place alone.
     order: Vec<u8>,
-    /// Half-way between two levels, in order, then infinity up to one less than a power of two.
+    /// Half-way between two levels, in order.
     bounds: Vec<f32>,
+    /// For each cell, how many bounds lie below the cell before it; none where levels are few.
+    cells: Vec<u8>,
+    /// Cells in a difference of 1.
+    density: f32,
     reach: f32,
 }
 
@@ -29,11 +36,16 @@ impl LevelTable {
         // Adding zero makes a negative zero positive: the two are equal. The sort is stable.
         order.sort_by(|a, b| (values[*a] + 0.0).total_cmp(&(values[*b] + 0.0)));
         order.dedup_by(|next, kept| values[*next] == values[*kept]);
-        let mut bounds: Vec<f32> = order.windows(2).map(|pair| (values[pair[0]] + values[pair[1]]) / 2.0).collect();
-        bounds.resize(order.len().next_power_of_two() - 1, f32::INFINITY);
+        let bounds: Vec<f32> = order.windows(2).map(|pair| (values[pair[0]] + values[pair[1]]) / 2.0).collect();
+        let (mut cells, mut density) = (Vec::new(), 0.0);
+        if let (Some(first), Some(last), false) = (bounds.first(), bounds.last(), bounds.len() < FEW) {
+            density = CELLS as f32 / (last - first);
+            let start = |cell: usize| first + (cell.max(1) - 1) as f32 / density;
+            cells = (0..CELLS).map(|cell| bounds.partition_point(|bound| *bound < start(cell)) as u8).collect();
+        }
         let reach = values.iter().fold(0f32, |reach, value| reach.max(value.abs()));
         let order = order.into_iter().map(|place| place as u8).collect();
-        LevelTable { values: values.to_vec(), order, bounds, reach }
+        LevelTable { values: values.to_vec(), order, bounds, cells, density, reach }
     }
 
     /// The largest magnitude of a level.
@@ -53,7 +65,7 @@ impl LevelTable {
             }
             match self.bounds.len() < FEW {
                 true => self.count(ratios, places),
-                false => self.halve(ratios, places),
+                false => self.walk(ratios, places),
             }
         }
     }
@@ -69,12 +81,13 @@ impl LevelTable {
         places.iter_mut().zip(ranks).for_each(|(place, rank)| *place = self.order[rank as usize]);
     }
 
-    fn halve(&self, ratios: &[f32], places: &mut [u8]) {
+    /// From the cell before a ratio's own, so that the rounding of its number does not matter, up to the ratio.
+    fn walk(&self, ratios: &[f32], places: &mut [u8]) {
         for (place, ratio) in places.iter_mut().zip(ratios) {
-            let (mut rank, mut step) = (0, self.bounds.len().div_ceil(2));
-            while step > 0 {
-                rank += if *ratio >= self.bounds[rank + step - 1] { step } else { 0 };
-                step /= 2;
+            let cell = ((ratio - self.bounds[0]) * self.density).clamp(0.0, (CELLS - 1) as f32) as usize;
+            let mut rank = usize::from(self.cells[cell]);
+            while rank < self.bounds.len() && *ratio >= self.bounds[rank] {
+                rank += 1;
             }
             *place = self.order[rank];
         }

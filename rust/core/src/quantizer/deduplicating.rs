@@ -176,6 +176,10 @@ impl Quantizer for DeduplicatingQuantizer {
                 ctx.check()?;
                 ctx.advance(256.min(data.len() - at) as u64);
             }
+            // Rows without weight are as good as absent: they become the nearest kept row.
+            if data.weight(at) == 0.0 {
+                continue;
+            }
             let row = data.rows.row(at);
             let key = key(row);
             if keeper.find(row, &key).is_none() {

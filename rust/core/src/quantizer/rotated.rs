@@ -73,8 +73,11 @@ impl RotatedQuantizer {
         let reach = row.iter().fold(0f32, |reach, value| reach.max(value.abs()));
         let (mut best, mut least) = (0.0, f64::INFINITY);
         let mut tried = vec![0u8; row.len()];
-        // Short rows, and rows that are not normal, may stand on the levels with their largest value on the last one.
-        for start in [spread(row), reach / table.reach()] {
+        // Short rows, and rows that are not normal, may stand on the levels with their largest value on the last one. The
+        // more levels, the more scales are there of which none leads to the others.
+        let middle = spread(row);
+        let starts = [middle, reach / table.reach(), 0.85 * middle, 1.15 * middle];
+        for start in starts.into_iter().take(if self.n_bits > 2 { 4 } else { 2 }) {
             let scale = table.refine(row, start, ROUNDS, &mut tried);
             let below = scales.round(scale);
             let coarse = self.scale_dtype == ScaleDtype::Float8;
