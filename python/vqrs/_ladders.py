@@ -162,6 +162,11 @@ def _beam_work(n_rows: int, dim: int, p: Mapping[str, Any]) -> float:
     return 1.2e-10 * n_rows * entries * (p["beam_width"] + dim) * (1 + p["n_refinements"])
 
 
+def _parts_work(n_rows: int, dim: int, p: Mapping[str, Any]) -> float:
+    entries = p["n_stages"] << p["n_bits"]
+    return 1.2e-10 * n_rows * entries * (p["beam_width"] * p["n_subvectors"] + dim) * (1 + p["n_refinements"])
+
+
 def _descent_work(n_rows: int, dim: int, p: Mapping[str, Any]) -> float:
     per_row = (p["n_codebooks"] << p["n_bits"]) * (dim + p["n_searches"] * p["n_perturbations"] * p["n_codebooks"])
     return 6e-11 * n_rows * per_row * p["n_rounds"]
@@ -181,11 +186,17 @@ RATES = {
     "kmeans": Rates("n_clusters", lambda n_rows, dim, _: [1 << b for b in range(1, 17) if 1 << b < 2 * n_rows]),
     "optimized-product": Rates("n_subvectors", _divided, _TURNED, (4, 6, 8, 10)),
     "sparse": Rates("density", lambda n_rows, dim, _: [k / 64 for k in range(1, 49)]),
+    "tree": Rates("branching", _listed(2, 4, 8, 16, 32, 64, 128, 256), _variants((BALANCED, {"depth": 2}))),
     "product-residual": Rates(
         "n_subvectors",
         _divided,
-        _variants(*((BALANCED, {"n_stages": stages}) for stages in (2, 3, 4))),
+        _variants(
+            *((BALANCED, {"n_stages": stages, "codebook_dtype": "int8"}) for stages in (2, 3)),
+            (BEST, {"n_stages": 2}),
+            (BEST, {"n_stages": 4, "codebook_dtype": "int8"}),
+        ),
         (4, 6, 8),
+        work=_parts_work,
     ),
     "residual": Rates("n_stages", _stages, _ENTRIES, (4, 6, 8, 10), stagewise=True, work=_beam_work),
     "additive": Rates(

@@ -106,7 +106,7 @@ def _compress(x: NDArray[np.float32], ratio: int, out: Path, progress: _core.Pro
     path = out / f"minilm-tokens-ratio-{ratio}.safetensors"
     labelled = None if progress is None else _labelled(progress, f"ratio {ratio}")
     start = time.perf_counter()
-    with vqrs.compress(x, ratio=ratio, path=path, random_state=0, progress=labelled or False) as table:
+    with vqrs.compress(x, ratio=ratio, effort="fast", path=path, random_state=0, progress=labelled or False) as table:
         return {
             "wanted_ratio": ratio,
             "nbytes": table.nbytes,
