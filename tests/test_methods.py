@@ -912,3 +912,240 @@ def test_residual_bytes_are_those_of_the_formula():
     codec, codes = fit("residual", normal(300, 10), n_stages=5, n_bits=3)
     assert codes.shape == (300, 2)  # 15 bits
     assert sum(tensor.nbytes for tensor in codec.tensors().values()) == 2 * 5 * 8 * 10
+
+
+# ---- A14: additive quantization ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("n_codebooks", "n_bits"), [(2, 4), (4, 3), (3, 5)])
+def test_additive_is_never_above_residual(n_codebooks, n_bits):
+    x = normal(1500, 8)
+    residual = fit_error("residual", x, n_stages=n_codebooks, n_bits=n_bits)
+    assert fit_error("additive", x, n_codebooks=n_codebooks, n_bits=n_bits) < residual
+
+
+@pytest.mark.parametrize("n_rounds", [0, 1, 5])
+def test_additive_codes_of_a_fit_are_never_above_those_of_residual(n_rounds):
+    """Even where the rounds are too few for the noise to fall, and on few rows."""
+    for x in (normal(40, 3), normal(700, 8)):
+        parameters = {"n_bits": 3, "codebook_dtype": "float32"}
+        start, _ = _core.fit("residual", parameters | {"n_stages": 3}, x, keep_better_codes=True)
+        codec, _ = _core.fit(
+            "additive", parameters | {"n_codebooks": 3, "n_rounds": n_rounds, "noise": 3.0}, x, keep_better_codes=True
+        )
+        assert codec.relative_error <= start.relative_error * (1 + 1e-6)
+
+
+def test_more_rounds_lower_the_error():
+    x = normal(2000, 8)
+    errors = [fit_error("additive", x, n_codebooks=4, n_bits=4, n_rounds=n) for n in (0, 5, 25)]
+    assert errors[0] > errors[1] > 1.01 * errors[2]
+
+
+def with_searches(codec: _core.Codec, n_searches: int) -> _core.Codec:
+    """The same codebooks, searched another number of times."""
+    description, tensors = codec.to_parts()
+    parts = json.loads(description)
+    parts["parameters"]["n_searches"] = n_searches
+    return _core.Codec.from_parts(json.dumps(parts), tensors)
+
+
+def test_more_searches_never_raise_a_row_s_error():
+    """A search is kept only where it is better, so that each longer one goes on from a shorter one."""
+    x = normal(500, 8)
+    codec, _ = fit("additive", x, n_codebooks=4, n_bits=4)
+    coders = [with_searches(codec, n) for n in (0, 1, 4, 16)]
+    errors = [squared_error(x, coder.decode(coder.encode(x))) for coder in coders]
+    for fewer, more in itertools.pairwise(errors):
+        # The search knows products of entries to half precision.
+        assert (more <= fewer + 2e-3 * (x**2).sum(axis=1)).all()
+        assert more.sum() < fewer.sum()
+
+
+def test_without_searches_codes_are_minima():
+    """No change of a single entry lowers a row's error, up to the precision of the tables."""
+    x = normal(300, 6)
+    codec, codes = fit("additive", x, n_codebooks=3, n_bits=3, n_searches=0)
+    books, fields = codec.books(), reference.unpack_bits(codes, 3, 3)
+    own = squared_error(x, codec.decode(codes))
+    for m, book in enumerate(books):
+        others = sum(books[j][fields[:, j]] for j in range(3) if j != m)
+        changed = ((x[:, None] - others[:, None] - book) ** 2).sum(axis=2)
+        assert (own <= changed.min(axis=1) + 2e-3 * (x**2).sum(axis=1)).all()
+
+
+@pytest.mark.parametrize(("n_codebooks", "n_bits"), [(2, 2), (3, 2)])
+def test_the_search_finds_the_best_of_all_codes(n_codebooks, n_bits):
+    x = normal(400, 5)
+    codec, codes = fit("additive", x, n_codebooks=n_codebooks, n_bits=n_bits)
+    every = np.array(list(itertools.product(range(2**n_bits), repeat=n_codebooks)))
+    sums = codec.decode(reference.pack_bits(every, bits=n_bits))
+    best = ((x[:, None].astype(np.float64) - sums) ** 2).sum(axis=2).min(axis=1)
+    found = squared_error(x, codec.decode(codes))
+    assert np.mean(found <= best * 1.001 + 1e-5) > 0.97
+
+
+def test_the_order_of_codebooks_is_irrelevant():
+    """Books exchanged in the decoder give the same errors, but for rows that end in another minimum."""
+    x = normal(500, 6)
+    codec, _ = fit("additive", x, n_codebooks=3, n_bits=3, codebook_dtype="float32")
+    description, tensors = codec.to_parts()
+    backwards = {name: np.ascontiguousarray(tensor[::-1]) for name, tensor in tensors.items()}
+    turned = _core.Codec.from_parts(description, backwards)
+    ours, theirs = (squared_error(x, c.decode(c.encode(x))) for c in (codec, turned))
+    assert np.mean(np.isclose(ours, theirs, rtol=1e-4)) > 0.9
+    assert theirs.sum() == pytest.approx(ours.sum(), rel=2e-2)
+
+
+@pytest.mark.parametrize("factor", [2.0**-1000, 2.0**200, 2.0**800])
+def test_additive_takes_weights_of_any_magnitude(factor):
+    x, weights = normal(400, 8), np.random.default_rng(1).random(400)
+    parameters = {"n_codebooks": 3, "n_bits": 3, "n_rounds": 4}
+    codes = [_core.fit("additive", parameters, x, sample_weight=w)[1] for w in (weights, factor * weights)]
+    assert np.array_equal(*codes)
+
+
+def test_additive_weights_count_in_the_error():
+    x, weights = normal(2000, 8), np.where(np.arange(2000) < 200, 50.0, 1.0)
+    errors = []
+    for sample_weight in (None, weights):
+        codec, codes = _core.fit("additive", {"n_codebooks": 2, "n_bits": 4}, x, sample_weight=sample_weight)
+        errors.append((weights * squared_error(x, codec.decode(codes))).sum())
+    assert errors[1] < 0.97 * errors[0]
+
+
+def test_additive_bytes_are_those_of_the_formula():
+    codec, codes = fit("additive", normal(300, 10), n_codebooks=5, n_bits=3, n_rounds=1)
+    assert codes.shape == (300, 2)  # 15 bits
+    assert sum(tensor.nbytes for tensor in codec.tensors().values()) == 2 * 5 * 8 * 10
+
+
+def test_codebooks_whose_tables_would_be_huge_are_refused():
+    with pytest.raises(ValueError, match="searched together"):
+        fit("additive", normal(20_000, 2), n_codebooks=4, n_bits=14)
+    with pytest.raises(ValueError, match="noise"):
+        fit("additive", normal(20, 2), noise=-1.0)
+
+
+# ---- A13: product-residual quantization ----------------------------------------------------------------------------
+
+
+def test_one_piece_is_residual_quantization():
+    x = normal(600, 7)
+    residual = fit("residual", x, n_stages=3, n_bits=4)
+    both = fit("product-residual", x, n_subvectors=1, n_stages=3, n_bits=4)
+    assert np.array_equal(both[1], residual[1])
+    assert np.array_equal(both[0].decode(both[1]), residual[0].decode(residual[1]))
+
+
+def test_one_stage_of_each_piece_is_product_quantization():
+    x = normal(600, 7)
+    product = fit("product", x, n_subvectors=3, n_bits=4)
+    both = fit("product-residual", x, n_subvectors=3, n_stages=1, n_bits=4)
+    tensors = [list(codec.tensors().values()) for codec, _ in (both, product)]
+    assert all(np.array_equal(ours, theirs) for ours, theirs in zip(*tensors, strict=True))
+    assert both[0].relative_error == pytest.approx(product[0].relative_error, rel=1e-6)
+
+
+def test_each_piece_is_residual_quantization_of_its_columns():
+    x = normal(500, 5)
+    parameters = {"n_stages": 2, "n_bits": 3, "codebook_dtype": "float32"}
+    codec, codes = _core.fit("product-residual", parameters | {"n_subvectors": 2}, x, seed=10)
+    decoded = codec.decode(codes)
+    for part, (start, stop) in enumerate([(0, 3), (3, 5)]):
+        columns = np.ascontiguousarray(x[:, start:stop])
+        alone, alone_codes = _core.fit("residual", parameters, columns, seed=10 + part)
+        assert np.array_equal(alone.decode(alone_codes), decoded[:, start:stop])
+
+
+def test_pieces_in_stages_lie_between_product_and_residual():
+    """At 32 bits a row, with books of 16 entries."""
+    x = normal(3000, 16) @ np.random.default_rng(5).normal(size=(16, 16)).astype(np.float32)
+    errors = [
+        fit_error("product-residual", x, n_subvectors=parts, n_stages=8 // parts, n_bits=4) for parts in (8, 4, 2, 1)
+    ]
+    assert all(more > fewer for more, fewer in itertools.pairwise(errors)), errors
+
+
+def test_product_residual_bytes_are_those_of_the_formula():
+    codec, codes = fit("product-residual", normal(300, 10), n_subvectors=2, n_stages=3, n_bits=3)
+    assert codes.shape == (300, 3)  # 18 bits
+    assert sum(tensor.nbytes for tensor in codec.tensors().values()) == 2 * 3 * 8 * 10
+
+
+# ---- A9: tree-structured quantization ------------------------------------------------------------------------------
+
+
+def test_a_tree_of_one_level_is_kmeans():
+    x = normal(500, 6)
+    flat, tree = fit("kmeans", x, n_clusters=32), fit("tree", x, branching=32, depth=1)
+    assert np.array_equal(flat[1], tree[1])
+    assert np.array_equal(flat[0].decode(flat[1]), tree[0].decode(tree[1]))
+
+
+def levels_of(leaves: np.ndarray, branching: int, depth: int) -> list[np.ndarray]:
+    """For each level below the root its nodes, each the mean of its leaves."""
+    return [leaves.reshape(branching**n, -1, leaves.shape[1]).mean(axis=1) for n in range(1, depth + 1)]
+
+
+def test_each_level_errs_less_than_the_one_above():
+    """A prefix of a code is a code of lower rate."""
+    x = normal(2000, 5)
+    codec, codes = fit("tree", x, branching=4, depth=4, beam_width=8)
+    leaves = reference.unpack_bits(codes, 8, 1)[:, 0]
+    errors = [
+        squared_error(x, nodes[leaves // 4 ** (4 - level)]).sum()
+        for level, nodes in enumerate(levels_of(codec.books()[0], 4, 4), start=1)
+    ]
+    assert all(lower < upper for upper, lower in itertools.pairwise([squared_error(x, x.mean(axis=0)).sum(), *errors]))
+
+
+def test_a_beam_of_all_nodes_finds_the_nearest_leaf():
+    x = normal(600, 5)
+    codec, codes = fit("tree", x, branching=4, depth=3, beam_width=16)
+    assert reference.unpack_bits(codes, 6, 1)[:, 0].tolist() == reference.encode_kmeans(x, codec.books()[0]).tolist()
+    almost = with_beam(codec, 15)
+    errors = [squared_error(x, c.decode(c.encode(x))) for c in (codec, almost)]
+    assert np.mean(np.isclose(*errors, rtol=1e-5)) > 0.99
+    assert (errors[0] <= errors[1] * (1 + 1e-5)).all()
+
+
+@pytest.mark.parametrize("beam_width", [1, 2, 5])
+def test_the_beam_is_that_of_the_reference(beam_width):
+    x = normal(500, 6)
+    codec, codes = fit("tree", x, branching=4, depth=3, beam_width=beam_width)
+    expected = reference.encode_tree(x, codec.books()[0], 4, 3, beam_width)
+    assert np.mean(reference.unpack_bits(codes, 6, 1)[:, 0] == expected) > 0.998
+
+
+def test_wider_beams_of_a_tree_are_never_worse():
+    x = normal(1500, 8)
+    codec, _ = fit("tree", x, branching=4, depth=4, beam_width=1)
+    coders = [with_beam(codec, b) for b in (1, 2, 4, 16, 64)]
+    errors = [squared_error(x, coder.decode(coder.encode(x))).sum() for coder in coders]
+    assert all(wider <= narrower for narrower, wider in itertools.pairwise(errors)), errors
+    assert errors[-1] < 0.9 * errors[0]
+
+
+def test_a_tree_is_near_the_kmeans_of_as_many_centroids():
+    x = normal(8000, 4)
+    flat = fit_error("kmeans", x, n_clusters=256)
+    assert flat < fit_error("tree", x, branching=16, depth=2, beam_width=16) < 1.12 * flat
+
+
+def test_tree_weights_count_in_the_error():
+    x, weights = normal(2000, 8), np.where(np.arange(2000) < 200, 50.0, 1.0)
+    errors = []
+    for sample_weight in (None, weights):
+        codec, codes = _core.fit("tree", {"branching": 4, "depth": 2}, x, sample_weight=sample_weight)
+        errors.append((weights * squared_error(x, codec.decode(codes))).sum())
+    assert errors[1] < 0.97 * errors[0]
+
+
+def test_trees_with_more_leaves_than_rows():
+    x = normal(5, 3)
+    codec, codes = fit("tree", x, branching=4, depth=3, codebook_dtype="float32")
+    assert np.allclose(codec.decode(codes), x, atol=1e-6)
+    assert any("fewer than 64 leaves" in note for note in codec.notes)
+    with pytest.raises(ValueError, match="depth"):
+        fit("tree", x, branching=1000, depth=3)

@@ -9,17 +9,29 @@ from sklearn.base import clone
 from sklearn.exceptions import ConvergenceWarning, NotFittedError
 
 import vqrs
-from vqrs import ProductQuantizer, ResidualQuantizer, RotatedQuantizer, ScalarQuantizer, VectorQuantizer
+from vqrs import (
+    AdditiveQuantizer,
+    ProductQuantizer,
+    ProductResidualQuantizer,
+    ResidualQuantizer,
+    RotatedQuantizer,
+    ScalarQuantizer,
+    TreeQuantizer,
+    VectorQuantizer,
+)
 from vqrs._encode import SAMPLE_ROWS, RowSample
 from vqrs._validation import as_jobs, as_matrix, as_parameters, as_seed, as_weights
 from vqrs.metrics import gaussian_bound, relative_error
 
 QUANTIZERS = {
+    "additive": AdditiveQuantizer(n_codebooks=3, n_bits=4, n_rounds=3, random_state=0),
     "kmeans": VectorQuantizer(n_clusters=8, random_state=0),
     "product": ProductQuantizer(n_subvectors=3, n_bits=4, random_state=0),
+    "product-residual": ProductResidualQuantizer(n_subvectors=2, n_stages=2, n_bits=4, random_state=0),
     "residual": ResidualQuantizer(n_stages=3, n_bits=4, random_state=0),
     "scalar": ScalarQuantizer(dtype="int4"),
     "rotated": RotatedQuantizer(n_bits=4, random_state=0),
+    "tree": TreeQuantizer(branching=4, random_state=0),
 }
 
 all_kinds = pytest.mark.parametrize("kind", QUANTIZERS)

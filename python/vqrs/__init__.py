@@ -28,35 +28,42 @@ if TYPE_CHECKING:
     from vqrs.cluster import KMeans
     from vqrs.mixed import MixedPrecisionQuantizer
     from vqrs.quantizers import (
+        AdditiveQuantizer,
         DeduplicatingQuantizer,
         LowRankQuantizer,
         OptimizedProductQuantizer,
         ProductQuantizer,
+        ProductResidualQuantizer,
         ResidualQuantizer,
         RotatedQuantizer,
         ScalarQuantizer,
         SparseQuantizer,
+        TreeQuantizer,
         TrellisQuantizer,
         VectorQuantizer,
     )
 
 _LAZY = {
+    "AdditiveQuantizer": "quantizers",
     "DeduplicatingQuantizer": "quantizers",
     "KMeans": "cluster",
     "LowRankQuantizer": "quantizers",
     "MixedPrecisionQuantizer": "mixed",
     "OptimizedProductQuantizer": "quantizers",
     "ProductQuantizer": "quantizers",
+    "ProductResidualQuantizer": "quantizers",
     "ResidualQuantizer": "quantizers",
     "RotatedQuantizer": "quantizers",
     "ScalarQuantizer": "quantizers",
     "SparseQuantizer": "quantizers",
     "TrellisQuantizer": "quantizers",
+    "TreeQuantizer": "quantizers",
     "VectorQuantizer": "quantizers",
 }
 """Names whose modules need scikit-learn: imported when they are first used, so that the rest needs numpy alone."""
 
 __all__ = [
+    "AdditiveQuantizer",
     "DeduplicatingQuantizer",
     "InternalError",
     "KMeans",
@@ -64,6 +71,7 @@ __all__ = [
     "MixedPrecisionQuantizer",
     "OptimizedProductQuantizer",
     "ProductQuantizer",
+    "ProductResidualQuantizer",
     "ResidualQuantizer",
     "RotatedQuantizer",
     "ScalarQuantizer",
@@ -72,6 +80,7 @@ __all__ = [
     "TableCorruptError",
     "TableError",
     "TableVersionError",
+    "TreeQuantizer",
     "TrellisQuantizer",
     "TuneResult",
     "TuneTrial",

@@ -7,14 +7,17 @@ from typing import Any
 from vqrs._base import Quantizer
 
 __all__ = [
+    "AdditiveQuantizer",
     "DeduplicatingQuantizer",
     "LowRankQuantizer",
     "OptimizedProductQuantizer",
     "ProductQuantizer",
+    "ProductResidualQuantizer",
     "ResidualQuantizer",
     "RotatedQuantizer",
     "ScalarQuantizer",
     "SparseQuantizer",
+    "TreeQuantizer",
     "TrellisQuantizer",
     "VectorQuantizer",
 ]
@@ -421,6 +424,355 @@ class ResidualQuantizer(Quantizer):
         self.n_bits = n_bits
         self.beam_width = beam_width
         self.n_refinements = n_refinements
+        self.max_iter = max_iter
+        self.tol = tol
+        self.codebook_dtype = codebook_dtype
+        self.center = center
+        self.rotation = rotation
+        self.rotation_dtype = rotation_dtype
+        self.residual = residual
+        self.random_state = random_state
+        self.n_jobs = n_jobs
+        self.verbose = verbose
+
+
+class ProductResidualQuantizer(Quantizer):
+    """Cuts rows into ``n_subvectors`` pieces; each piece becomes a sum of ``n_stages`` entries, one a codebook.
+
+    One piece makes a :class:`ResidualQuantizer`, one stage a :class:`ProductQuantizer`. The codebooks of all pieces
+    together are as large as those of a residual quantizer with ``n_stages`` stages, while codes are ``n_subvectors``
+    times as long: the choice where rows are few or wide.
+
+    Parameters
+    ----------
+    n_subvectors : int, default=4
+        Number of pieces. Where the number of features is not divisible by it, the first pieces are one column wider.
+    n_stages : int, default=2
+        Number of codebooks of a piece.
+    n_bits : int, default=8
+        Bits of a stage's code: a codebook has 2^n_bits entries. 1 to 16.
+    beam_width : int, default=8
+        Partial sums that encoding keeps for each piece of a row. 1 is greedy.
+    n_refinements : int, default=5
+        Rounds of encoding all rows and solving for all codebooks of a piece at once; none where there is one stage.
+    max_iter : int, default=25
+        Most iterations of each stage's k-means.
+    tol : float, default=1e-4
+        k-means stops when its centroids move by less than this fraction of the variance.
+    codebook_dtype : {"float16", "bfloat16", "float32"}, default="float16"
+        How the entries are stored.
+    center : bool, default=False
+        Whether the mean row is taken off first; the table keeps it.
+    rotation : {None, "random", "dense", "pca", "learned", "auto"}, default=None
+        How rows are turned before they are coded: at random from a seed, at random by a stored matrix, to principal
+        components, by what suits this quantizer best ("product" learns it), or as its other parameters suggest.
+    rotation_dtype : {"float16", "int8", "float32"}, default="float16"
+        How a matrix of the rotation is stored.
+    residual : quantizer or None, default=None
+        Codes what this one leaves over: a row is then the sum of both. Its own random state does not count.
+    random_state : int, RandomState, Generator or None, default=None
+        Draws the first centroids; an int repeats them.
+    n_jobs : int or None, default=None
+        Threads; None takes all that the process may use. The result does not depend on it.
+    verbose : int, default=0
+        1 prints progress.
+
+    Attributes
+    ----------
+    codebooks_ : list of n_subvectors * n_stages ndarrays of shape (2**n_bits, width), float32
+        The entries of each stage of the first piece, then of the second one, ..., as decoded.
+    row_bytes_ : int
+        Bytes of a row's code.
+    n_iter_ : int
+        Iterations of the longest k-means.
+    relative_error_ : float
+        ‖X − X̂‖² / ‖X‖² of the rows that were fitted.
+    n_features_in_ : int
+        Number of features seen during fit.
+    feature_names_in_ : ndarray of shape (n_features_in_,)
+        Names of features seen during fit, if X had names that are all strings.
+
+    See Also
+    --------
+    ProductQuantizer : Much faster to learn and encode.
+    ResidualQuantizer : Whole rows in stages, for large tables.
+
+    References
+    ----------
+    H. Jégou, M. Douze, C. Schmid, "Product quantization for nearest neighbor search", 2011.
+    Y. Chen, T. Guan, C. Wang, "Approximate nearest neighbor search by residual vector quantization", 2010.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from vqrs import ProductResidualQuantizer
+    >>> x = np.random.default_rng(0).standard_normal((200, 6), dtype=np.float32)
+    >>> quantizer = ProductResidualQuantizer(n_subvectors=2, n_stages=3, n_bits=4, random_state=0).fit(x)
+    >>> quantizer.transform(x).shape  # two pieces in three stages of four bits: three bytes
+    (200, 3)
+    >>> len(quantizer.codebooks_), quantizer.codebooks_[0].shape
+    (6, (16, 3))
+    """
+
+    _kind = "product-residual"
+
+    def __init__(
+        self,
+        n_subvectors: int = 4,
+        n_stages: int = 2,
+        n_bits: int = 8,
+        beam_width: int = 8,
+        *,
+        n_refinements: int = 5,
+        max_iter: int = 25,
+        tol: float = 1e-4,
+        codebook_dtype: str = "float16",
+        center: bool = False,
+        rotation: str | None = None,
+        rotation_dtype: str = "float16",
+        residual: Quantizer | None = None,
+        random_state: Any = None,
+        n_jobs: int | None = None,
+        verbose: int = 0,
+    ) -> None:
+        self.n_subvectors = n_subvectors
+        self.n_stages = n_stages
+        self.n_bits = n_bits
+        self.beam_width = beam_width
+        self.n_refinements = n_refinements
+        self.max_iter = max_iter
+        self.tol = tol
+        self.codebook_dtype = codebook_dtype
+        self.center = center
+        self.rotation = rotation
+        self.rotation_dtype = rotation_dtype
+        self.residual = residual
+        self.random_state = random_state
+        self.n_jobs = n_jobs
+        self.verbose = verbose
+
+
+class AdditiveQuantizer(Quantizer):
+    """Each row becomes a sum of ``n_codebooks`` entries, one a codebook, that a local search chooses together.
+
+    A row is stored and read as with :class:`ResidualQuantizer`, which is also where learning starts. Then come rounds
+    of least squares for all codebooks and of local search for all codes, under noise that falls to nothing, so that no
+    codebook stays the coarse one. Learning and encoding take several times as long, and the error is smaller.
+
+    Parameters
+    ----------
+    n_codebooks : int, default=8
+        Number of codebooks.
+    n_bits : int, default=8
+        Bits of an entry's number: a codebook has 2^n_bits entries. 1 to 16.
+    beam_width : int, default=8
+        Partial sums kept for each row by the search that finds the codes to start from.
+    n_rounds : int, default=25
+        Rounds of least squares and local search. 0 leaves the codebooks to the start, and only searches codes.
+    n_searches : int, default=16
+        Times that the search for a row's final code leaves a minimum for another.
+    n_perturbations : int, default=2
+        Entries that are replaced by random ones to leave a minimum.
+    noise : float, default=0.55
+        Size of the first round's noise on a sum of entries, over that of what the start leaves of rows.
+    max_iter : int, default=25
+        Most iterations of each k-means of the start.
+    tol : float, default=1e-4
+        k-means stops when its centroids move by less than this fraction of the variance.
+    codebook_dtype : {"float16", "bfloat16", "float32"}, default="float16"
+        How the entries are stored.
+    center : bool, default=False
+        Whether the mean row is taken off first; the table keeps it.
+    rotation : {None, "random", "dense", "pca", "learned", "auto"}, default=None
+        How rows are turned before they are coded: at random from a seed, at random by a stored matrix, to principal
+        components, by what suits this quantizer best ("product" learns it), or as its other parameters suggest.
+    rotation_dtype : {"float16", "int8", "float32"}, default="float16"
+        How a matrix of the rotation is stored.
+    residual : quantizer or None, default=None
+        Codes what this one leaves over: a row is then the sum of both. Its own random state does not count.
+    random_state : int, RandomState, Generator or None, default=None
+        Draws the first centroids, noise and perturbations; an int repeats them.
+    n_jobs : int or None, default=None
+        Threads; None takes all that the process may use. The result does not depend on it.
+    verbose : int, default=0
+        1 prints progress.
+
+    Attributes
+    ----------
+    codebooks_ : list of n_codebooks ndarrays of shape (2**n_bits, n_features_in_), float32
+        The entries of each codebook, as decoded.
+    row_bytes_ : int
+        Bytes of a row's code.
+    n_iter_ : int
+        Iterations of the longest k-means.
+    relative_error_ : float
+        ‖X − X̂‖² / ‖X‖² of the rows that were fitted.
+    n_features_in_ : int
+        Number of features seen during fit.
+    feature_names_in_ : ndarray of shape (n_features_in_,)
+        Names of features seen during fit, if X had names that are all strings.
+
+    See Also
+    --------
+    ResidualQuantizer : The start alone, faster to learn and to encode.
+
+    References
+    ----------
+    J. Martinez, S. Zakhmi, H. H. Hoos, J. J. Little, "LSQ++: Lower running time and higher recall in multi-codebook
+    quantization", 2018.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from vqrs import AdditiveQuantizer
+    >>> x = np.random.default_rng(0).standard_normal((200, 6), dtype=np.float32)
+    >>> quantizer = AdditiveQuantizer(n_codebooks=4, n_bits=4, random_state=0).fit(x)
+    >>> quantizer.transform(x).shape  # four entries of four bits: two bytes
+    (200, 2)
+    >>> quantizer.codebooks_[0].shape
+    (16, 6)
+    """
+
+    _kind = "additive"
+
+    def __init__(
+        self,
+        n_codebooks: int = 8,
+        n_bits: int = 8,
+        *,
+        beam_width: int = 8,
+        n_rounds: int = 25,
+        n_searches: int = 16,
+        n_perturbations: int = 2,
+        noise: float = 0.55,
+        max_iter: int = 25,
+        tol: float = 1e-4,
+        codebook_dtype: str = "float16",
+        center: bool = False,
+        rotation: str | None = None,
+        rotation_dtype: str = "float16",
+        residual: Quantizer | None = None,
+        random_state: Any = None,
+        n_jobs: int | None = None,
+        verbose: int = 0,
+    ) -> None:
+        self.n_codebooks = n_codebooks
+        self.n_bits = n_bits
+        self.beam_width = beam_width
+        self.n_rounds = n_rounds
+        self.n_searches = n_searches
+        self.n_perturbations = n_perturbations
+        self.noise = noise
+        self.max_iter = max_iter
+        self.tol = tol
+        self.codebook_dtype = codebook_dtype
+        self.center = center
+        self.rotation = rotation
+        self.rotation_dtype = rotation_dtype
+        self.residual = residual
+        self.random_state = random_state
+        self.n_jobs = n_jobs
+        self.verbose = verbose
+
+
+class TreeQuantizer(Quantizer):
+    """Each row becomes a leaf of a tree of centroids: k-means in each cluster of a k-means, and so on.
+
+    Learning and encoding compare a row with the children of a few nodes rather than with all leaves, so that far more
+    centroids are within reach than with :class:`VectorQuantizer`. Cut off at any level, a code names a node of the
+    tree.
+
+    Parameters
+    ----------
+    branching : int, default=16
+        Children of a node.
+    depth : int, default=2
+        Levels below the root: there are branching^depth leaves, all of which are stored.
+    beam_width : int, default=4
+        Nodes of a level that encoding follows. branching^(depth - 1) finds the nearest leaf.
+    max_iter : int, default=25
+        Most iterations of each k-means.
+    tol : float, default=1e-4
+        k-means stops when its centroids move by less than this fraction of the variance.
+    codebook_dtype : {"float16", "bfloat16", "float32"}, default="float16"
+        How the centroids are stored.
+    center : bool, default=False
+        Whether the mean row is taken off first; the table keeps it.
+    rotation : {None, "random", "dense", "pca", "learned", "auto"}, default=None
+        How rows are turned before they are coded: at random from a seed, at random by a stored matrix, to principal
+        components, by what suits this quantizer best ("product" learns it), or as its other parameters suggest.
+    rotation_dtype : {"float16", "int8", "float32"}, default="float16"
+        How a matrix of the rotation is stored.
+    residual : quantizer or None, default=None
+        Codes what this one leaves over: a row is then the sum of both. Its own random state does not count.
+    random_state : int, RandomState, Generator or None, default=None
+        Draws the first centroids; an int repeats them.
+    n_jobs : int or None, default=None
+        Threads; None takes all that the process may use. The result does not depend on it.
+    verbose : int, default=0
+        1 prints progress.
+
+    Attributes
+    ----------
+    codebooks_ : list of one ndarray of shape (branching**depth, n_features_in_), float32
+        The leaves, as decoded: those of the root's first child, then those of its second one, ...
+    row_bytes_ : int
+        Bytes of a row's code.
+    n_iter_ : int
+        Iterations of the longest k-means.
+    relative_error_ : float
+        ‖X − X̂‖² / ‖X‖² of the rows that were fitted.
+    n_features_in_ : int
+        Number of features seen during fit.
+    feature_names_in_ : ndarray of shape (n_features_in_,)
+        Names of features seen during fit, if X had names that are all strings.
+
+    See Also
+    --------
+    VectorQuantizer : One level, compared as a whole: the smaller error for the same number of centroids.
+
+    References
+    ----------
+    A. Buzo, A. Gray, R. Gray, J. Markel, "Speech coding based upon vector quantization", 1980.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from vqrs import TreeQuantizer
+    >>> x = np.array([[0, 0], [0, 1], [8, 8], [8, 9]], dtype=np.float32)
+    >>> quantizer = TreeQuantizer(branching=2, depth=2, random_state=0).fit(x)
+    >>> codes = quantizer.transform(x)
+    >>> codes.shape, codes.dtype  # two levels of one bit
+    ((4, 1), dtype('uint8'))
+    >>> quantizer.inverse_transform(codes)
+    array([[0., 0.],
+           [0., 1.],
+           [8., 8.],
+           [8., 9.]], dtype=float32)
+    """
+
+    _kind = "tree"
+
+    def __init__(
+        self,
+        branching: int = 16,
+        depth: int = 2,
+        *,
+        beam_width: int = 4,
+        max_iter: int = 25,
+        tol: float = 1e-4,
+        codebook_dtype: str = "float16",
+        center: bool = False,
+        rotation: str | None = None,
+        rotation_dtype: str = "float16",
+        residual: Quantizer | None = None,
+        random_state: Any = None,
+        n_jobs: int | None = None,
+        verbose: int = 0,
+    ) -> None:
+        self.branching = branching
+        self.depth = depth
+        self.beam_width = beam_width
         self.max_iter = max_iter
         self.tol = tol
         self.codebook_dtype = codebook_dtype

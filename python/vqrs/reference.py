@@ -42,12 +42,15 @@ __all__ = [
     "decode_segments",
     "decode_sparse",
     "decode_trellis",
+    "encode_additive",
     "encode_kmeans",
     "encode_product",
+    "encode_product_residual",
     "encode_residual",
     "encode_rotated",
     "encode_scalar",
     "encode_sparse",
+    "encode_tree",
     "encode_trellis",
     "fused_multiply_add",
     "groups_of_rows",
@@ -992,6 +995,117 @@ def _beam_search(row: NDArray[np.float64], codebooks: Sequence[NDArray[Any]], be
         longer.sort(key=lambda partial: (partial[1] @ partial[1], partial[0]))
         beam = longer[:beam_width]
     return beam[0][0]
+
+
+def encode_product_residual(
+    x: NDArray[np.floating], codebooks: Sequence[NDArray[np.floating]], n_stages: int, beam_width: int = 1
+) -> NDArray[np.int64]:
+    """Product-residual quantization: :func:`encode_residual` of each part of a row by itself.
+
+    Parameters
+    ----------
+    x : array of shape (n_rows, d)
+    codebooks : ``n_stages`` arrays of shape (n_entries, width) for each part, whose widths add up to d
+    n_stages : stages of a part
+    beam_width : partial codes kept after each stage
+
+    Returns
+    -------
+    int64 array of shape (n_rows, n_codebooks)
+
+    Examples
+    --------
+    >>> book, fine = np.array([[0.0], [6.0]]), np.array([[0.0], [4.0]])
+    >>> encode_product_residual(np.array([[3.9, 10.0]]), [book, fine, book, fine], n_stages=2)
+    array([[1, 0, 1, 1]])
+    """
+    parts = [codebooks[first : first + n_stages] for first in range(0, len(codebooks), n_stages)]
+    borders = np.cumsum([part[0].shape[1] for part in parts])[:-1]
+    columns = np.split(np.asarray(x), borders, axis=1)
+    return np.hstack([encode_residual(c, part, beam_width) for c, part in zip(columns, parts, strict=True)])
+
+
+def encode_tree(
+    x: NDArray[np.floating], leaves: NDArray[np.floating], branching: int, depth: int, beam_width: int = 1
+) -> NDArray[np.int64]:
+    """Tree-structured quantization (Buzo and others 1980): from the root down to a leaf, always to the nearest nodes.
+
+    The leaves under a node follow each other, and a node is their mean. Of all children of the nodes that a level kept,
+    the next one keeps the ``beam_width`` nearest, the first of equals.
+
+    Parameters
+    ----------
+    x : array of shape (n_rows, d)
+    leaves : array of shape (branching**depth, d)
+    branching : children of a node
+    depth : levels below the root
+    beam_width : nodes kept at a level
+
+    Returns
+    -------
+    int64 array of shape (n_rows,): numbers of leaves
+
+    Examples
+    --------
+    The nodes are at 3 and 6.5; 5.1 belongs to a leaf of the first one, and is nearer to the second:
+
+    >>> leaves = np.array([[1.0], [5.0], [6.0], [7.0]])
+    >>> encode_tree(np.array([[5.1]]), leaves, branching=2, depth=2)
+    array([2])
+    >>> encode_tree(np.array([[5.1]]), leaves, branching=2, depth=2, beam_width=2)
+    array([1])
+    """
+    leaves = np.asarray(leaves, np.float64)
+    levels = [leaves.reshape(branching**level, -1, leaves.shape[1]).mean(axis=1) for level in range(1, depth + 1)]
+    found = []
+    for row in np.asarray(x, np.float64):
+        beam = np.array([0])
+        for nodes in levels:
+            children = (beam[:, None] * branching + np.arange(branching)).ravel()
+            distances = ((row - nodes[children]) ** 2).sum(axis=1)
+            beam = children[np.lexsort((children, distances))[:beam_width]]
+        found.append(beam[0])
+    return np.array(found, np.int64)
+
+
+def encode_additive(
+    x: NDArray[np.floating], codebooks: Sequence[NDArray[np.floating]], beam_width: int = 1
+) -> NDArray[np.int64]:
+    """Additive quantization by iterated conditional modes (Martinez and others 2016): one entry changes at a time.
+
+    The codes of :func:`encode_residual` are the start. Each book in turn takes the entry that is best given those of
+    the other books, until no book changes. The result is a minimum that no change of a single entry lowers.
+
+    Parameters
+    ----------
+    x : array of shape (n_rows, d)
+    codebooks : one array of shape (n_entries, d) for each book
+    beam_width : partial codes kept by the search that gives the start
+
+    Returns
+    -------
+    int64 array of shape (n_rows, n_codebooks)
+
+    Examples
+    --------
+    The greedy code takes 6, the entry nearest to the row, but 4 leaves less:
+
+    >>> books = [np.array([[4.0], [6.0]]), np.array([[1.2], [3.0]])]
+    >>> encode_residual(np.array([[5.1]]), books), encode_additive(np.array([[5.1]]), books)
+    (array([[1, 0]]), array([[0, 0]]))
+    """
+    fields = encode_residual(x, codebooks, beam_width)
+    for row, code in zip(np.asarray(x, np.float64), fields, strict=True):
+        while True:
+            before = code.copy()
+            for book, entries in enumerate(codebooks):
+                others = sum(other[code[m]] for m, other in enumerate(codebooks) if m != book)
+                errors = ((row - others - entries) ** 2).sum(axis=1)
+                if errors.min() < errors[code[book]]:
+                    code[book] = errors.argmin()
+            if np.array_equal(code, before):
+                break
+    return fields
 
 
 def encode_scalar(x: NDArray[np.float32], description: Mapping[str, Any], tensors: Tensors) -> NDArray[np.uint8]:

@@ -132,6 +132,11 @@ impl<'a> Sample<'a> {
         self.rows.dim()
     }
 
+    /// Sum of the weights.
+    pub fn total_weight(&self) -> f64 {
+        self.weights.map_or(self.len() as f64, |weights| weights.iter().sum())
+    }
+
     /// Weight of one row; 1 where no weights were given.
     pub fn weight(&self, row: usize) -> f64 {
         self.weights.map_or(1.0, |w| w[row])

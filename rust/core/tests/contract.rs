@@ -24,8 +24,11 @@ fn data(rows: usize, dim: usize, seed: u64) -> Vec<f32> {
 /// Parameter sets worth trying for a kind; a kind that is not named here is tried with its defaults.
 fn variants(kind: &str) -> Vec<Value> {
     match kind {
+        "additive" => vec![json!({"n_codebooks": 3, "n_bits": 3, "n_rounds": 2})],
         "kmeans" => vec![json!({}), json!({"n_clusters": 5}), json!({"n_clusters": 1, "codebook_dtype": "bfloat16"})],
         "product" => vec![json!({}), json!({"n_subvectors": 5, "n_bits": 3}), json!({"codebook_dtype": "float32"})],
+        "product-residual" => vec![json!({"n_subvectors": 3, "n_bits": 3})],
+        "tree" => vec![json!({"branching": 4, "beam_width": 2})],
         "residual" => vec![json!({"n_stages": 3}), json!({"n_stages": 2, "n_bits": 3, "beam_width": 1})],
         "scalar" => {
             let mut all = Vec::new();

@@ -297,7 +297,7 @@ impl Form for Books {
 }
 
 /// The power of two that brings `largest` into [1, 2); 1 for zero. By bits, so that every machine agrees.
-fn power_of_two(largest: f32) -> f32 {
+pub(crate) fn power_of_two(largest: f32) -> f32 {
     match largest.to_bits() & 0x7f80_0000 {
         0 if largest == 0.0 => 1.0,
         0 => f32::MIN_POSITIVE,

@@ -11,6 +11,7 @@ mod segments;
 mod sparse;
 mod trellis;
 
+pub(crate) use books::power_of_two;
 pub use books::{Books, CodebookDtype, GroupSpec};
 pub use join::{Join, Joining};
 pub use levels::{Granularity, Levels, LevelsSpec, Number, ScaleDtype};

@@ -3,7 +3,9 @@
 
 use super::scalar;
 use super::simd::{self, Pack, Simd, Task, Trace, Widen};
-use super::{Bags, BooksView, Extension, Kernels, LevelsView, Output, Panels, Products, Rows, Sweep, TrellisView};
+use super::{
+    Bags, BooksView, Descent, Extension, Kernels, LevelsView, Output, Panels, Products, Rows, Sweep, TrellisView,
+};
 use std::arch::aarch64::*;
 
 /// The tables that this CPU can run.
@@ -30,6 +32,7 @@ static NEON: Kernels = Kernels {
     decode_trellis,
     sweep,
     hadamard: scalar::hadamard,
+    descend,
     quantize: scalar::quantize,
     grid_error: scalar::grid_error,
     axpy,
@@ -59,6 +62,7 @@ shell!(fn distances(task: &Products, out: &mut [f32]) = simd::products::<Four, 4
 shell!(fn extend(task: &Extension, scores: &mut [f32], paths: &mut [u16]) = simd::extend::<Four, 8, 4>);
 shell!(fn decode_trellis(view: &TrellisView, rows: &Rows, out: &mut [f32]) = simd::decode_trellis::<Four>);
 shell!(fn sweep(task: &Sweep, costs: &mut [f32], least: &mut [f32], back: &mut [u8]) = simd::sweep::<Four>);
+shell!(fn descend(task: &Descent, codes: &mut [u16], scores: &mut [f32]) = simd::descend::<Four, 4>);
 shell!(fn axpy(out: &mut [f32], x: &[f32], weight: f32) = simd::axpy::<Four>);
 shell!(fn fma_peak(rounds: usize) -> f32 = simd::fma_peak::<Four, 24>);
 shell!(fn to_f16(x: &[f32], out: &mut [u16]) = simd::to_f16::<Four>);

@@ -535,6 +535,38 @@ pub struct Extension<'a> {
     pub tables: &'a [Vec<f32>],
 }
 
+/// Codes of rows as sums of one entry of each book, and what an iterated local search needs to better them. Slices that
+/// are read by entries hold [`BEAM_PADDING`] numbers more, so that whole vectors can be read.
+#[derive(Clone, Copy, Debug)]
+pub struct Descent<'a> {
+    /// Number of rows.
+    pub rows: usize,
+    /// Entries of a book.
+    pub entries: usize,
+    /// For each book half of the squared norm of each entry, then NaN.
+    pub half_norms: &'a [Vec<f32>],
+    /// For each book the products of the rows with its entries, row after row.
+    pub products: &'a [Vec<f32>],
+    /// Products of all entries with each other, in half precision and over `scale`: `[book][other book][entry][other
+    /// entry]`. Those of a book with itself are not read.
+    pub pairs: &'a [u16],
+    /// A power of two.
+    pub scale: f32,
+    /// Sweeps over the books at most, after the start and after each kick.
+    pub sweeps: usize,
+    /// What is tried one after the other.
+    pub kicks: &'a [Kick],
+}
+
+/// A step away from the best code so far, in the hope that a better one is near.
+#[derive(Clone, Debug)]
+pub struct Kick {
+    /// For each book how far its entry moves on, below the number of entries; most stay.
+    pub shifts: Vec<usize>,
+    /// All books, in the order in which they are visited.
+    pub order: Vec<usize>,
+}
+
 /// See [`Extension`].
 pub const BEAM_PADDING: usize = scalar::BEAM_LANES;
 
@@ -584,6 +616,10 @@ pub struct Kernels {
     pub sweep: fn(&Sweep, &mut [f32], &mut [f32], &mut [u8]),
     /// `hadamard(values, factor)`: the Walsh-Hadamard transform of 2^k values, times a factor.
     pub hadamard: fn(&mut [f32], f32),
+    /// `descend(task, codes, scores)`: betters codes, one entry of each book a row, by iterated local search, and gives
+    /// their scores: half the squared error, less half the row's squared norm. Each visit of a book takes the entry of the
+    /// lowest score given the others, the first of equals; what a kick leads to is kept where its score is lower.
+    pub descend: fn(&Descent, &mut [u16], &mut [f32]),
     /// `quantize(values, grids, levels)`: the nearest level to each value, halves up; 0 where the step is 0.
     pub quantize: fn(&[f32], &Grids, &mut [u8]),
     /// `grid_error(values, step, low, top)`: squared error of the values on a grid of levels 0 to `top`.
@@ -686,8 +722,8 @@ pub fn forced_error() -> Option<String> {
 /// The preconditions of the kernels, checked once a call: with them no pointer of a fast path leaves its slice.
 mod check {
     use super::{
-        bits, Bags, BooksView, Coarse, Extension, Grids, Level, LevelsView, Meaning, Output, Panels, Place, Products,
-        Rows, Scales, Sweep, TrellisView, Values, BEAM_PADDING, SWEEP_PADDING, TABLE_ENTRIES,
+        bits, Bags, BooksView, Coarse, Descent, Extension, Grids, Level, LevelsView, Meaning, Output, Panels, Place,
+        Products, Rows, Scales, Sweep, TrellisView, Values, BEAM_PADDING, SWEEP_PADDING, TABLE_ENTRIES,
     };
 
     fn output(rows: &Rows, dim: usize, row_bytes: usize, out: &Output) {
@@ -855,6 +891,24 @@ mod check {
         assert!(keep <= task.count * entries && scores.len() == task.rows * keep, "scores of continuations");
         assert_eq!(paths.len(), scores.len() * (task.stage + 1), "continuations");
         keep
+    }
+
+    pub(super) fn descent(task: &Descent, codes: &[u16], scores: &[f32]) {
+        let (books, entries) = (task.half_norms.len(), task.entries);
+        assert!(books > 0 && (1..=1 << 16).contains(&entries) && task.products.len() == books, "books and entries");
+        assert!(task.half_norms.iter().all(|norms| norms.len() == entries + BEAM_PADDING), "half norms");
+        assert!(
+            task.half_norms.iter().flat_map(|norms| &norms[entries..]).all(|v| v.is_nan()),
+            "padding of half norms"
+        );
+        assert!(task.products.iter().all(|p| p.len() >= task.rows * entries + BEAM_PADDING), "products");
+        assert_eq!(task.pairs.len(), (books * entries).pow(2) + BEAM_PADDING, "products of entries");
+        assert!(codes.len() == task.rows * books && scores.len() == task.rows, "codes and scores");
+        assert!(codes.iter().all(|entry| usize::from(*entry) < entries), "entries of codes");
+        for kick in task.kicks {
+            assert!(kick.shifts.len() == books && kick.shifts.iter().all(|shift| *shift < entries), "shifts of a kick");
+            assert!(kick.order.len() == books && kick.order.iter().all(|book| *book < books), "order of a kick");
+        }
     }
 
     pub(super) fn pair<T>(out: &[T], x: &[f32]) {

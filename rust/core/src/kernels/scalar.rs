@@ -1,8 +1,8 @@
 //! The meaning of every kernel: one plain loop each.
 
 use super::{
-    check, Bags, BooksView, Extension, Grids, Kernels, Level, LevelsView, Meaning, Output, Panels, Products, Rows,
-    Scales, Sweep, TrellisView, Values, PEAK_FMAS,
+    check, Bags, BooksView, Descent, Extension, Grids, Kernels, Level, LevelsView, Meaning, Output, Panels, Products,
+    Rows, Scales, Sweep, TrellisView, Values, PEAK_FMAS,
 };
 use crate::bits;
 use half::{bf16, f16};
@@ -26,6 +26,7 @@ pub(super) static KERNELS: Kernels = Kernels {
     decode_trellis,
     sweep,
     hadamard,
+    descend,
     quantize,
     grid_error,
     axpy,
@@ -382,6 +383,229 @@ fn extend(task: &Extension, scores: &mut [f32], paths: &mut [u16]) {
             let path = &mut paths[at * (stage + 1)..][..stage + 1];
             path[..stage].copy_from_slice(&task.paths[partial * stage..][..stage]);
             path[stage] = *entry;
+        }
+    }
+}
+
+/// How the scores of a book's entries are brought up to date: what [`descend`] spends its time with.
+///
+/// # Safety
+///
+/// The functions may need an instruction set; slices are as [`Scores`] hands them over.
+pub(super) trait Refresh {
+    /// A number of half precision.
+    unsafe fn half(bits: u16) -> f32;
+    /// Starts the scores anew as half norms less products, unless `start` is empty; adds `factor` times each of the
+    /// rows, in order; gives the place of the lowest score, the first of equals. Everything holds whole groups of
+    /// [`BEAM_LANES`].
+    unsafe fn refresh(scores: &mut [f32], start: Option<(&[f32], &[f32])>, rows: &[(f32, &[u16])]) -> usize;
+    /// Asks for numbers that will be read soon.
+    unsafe fn fetch(row: &[u16]);
+}
+
+/// The plain loops.
+struct Plain;
+
+impl Refresh for Plain {
+    unsafe fn half(bits: u16) -> f32 {
+        f16::from_bits(bits).to_f32()
+    }
+
+    unsafe fn refresh(scores: &mut [f32], start: Option<(&[f32], &[f32])>, rows: &[(f32, &[u16])]) -> usize {
+        let (mut place, mut low) = (0, f32::INFINITY);
+        for (k, score) in scores.iter_mut().enumerate() {
+            if let Some((half_norms, products)) = start {
+                *score = half_norms[k] - products[k];
+            }
+            for (factor, row) in rows {
+                *score = f16::from_bits(row[k]).to_f32().mul_add(*factor, *score);
+            }
+            if *score < low {
+                (place, low) = (k, *score);
+            }
+        }
+        place
+    }
+
+    unsafe fn fetch(_: &[u16]) {}
+}
+
+fn descend(task: &Descent, codes: &mut [u16], scores: &mut [f32]) {
+    // SAFETY: plain loops need no instruction set.
+    unsafe { descend_by::<Plain>(task, codes, scores) }
+}
+
+/// The search, over any way to bring scores up to date.
+#[inline(always)]
+pub(super) unsafe fn descend_by<R: Refresh>(task: &Descent, codes: &mut [u16], scores: &mut [f32]) {
+    check::descent(task, codes, scores);
+    let books = task.half_norms.len();
+    let mut table = Scores::new(task);
+    let mut code = vec![0u16; books];
+    let straight: Vec<usize> = (0..books).collect();
+    for (row, (best, score)) in codes.chunks_exact_mut(books).zip(scores).enumerate() {
+        table.begin(row);
+        // SAFETY: the task was checked; the instruction set is the caller's.
+        unsafe {
+            *score = table.score::<R>(best);
+            code.copy_from_slice(best);
+            table.sweeps::<R>(&mut code, &straight);
+            table.keep_lower::<R>(&code, best, score);
+            for kick in task.kicks {
+                for ((entry, best), shift) in code.iter_mut().zip(best.iter()).zip(&kick.shifts) {
+                    let moved = usize::from(*best) + shift;
+                    *entry = (if moved < task.entries { moved } else { moved - task.entries }) as u16;
+                }
+                table.sweeps::<R>(&mut code, &kick.order);
+                table.keep_lower::<R>(&code, best, score);
+            }
+        }
+    }
+}
+
+/// For each book of a row the scores of all its entries, given those of the other books that it has seen last. A visit
+/// adds what has changed since, or sums anew where that is less work.
+struct Scores<'a> {
+    task: &'a Descent<'a>,
+    row: usize,
+    /// Numbers a book: whole groups of [`BEAM_LANES`].
+    stride: usize,
+    values: Vec<f32>,
+    /// `[book][other book]`: the other's entry at the last visit.
+    seen: Vec<u16>,
+    /// The entry that the last visit chose; none before the first one.
+    chosen: Vec<Option<u16>>,
+    rows: Vec<(f32, &'a [u16])>,
+}
+
+impl<'a> Scores<'a> {
+    fn new(task: &'a Descent<'a>) -> Self {
+        let (books, stride) = (task.half_norms.len(), task.entries.next_multiple_of(BEAM_LANES));
+        Scores {
+            task,
+            row: 0,
+            stride,
+            values: vec![0.0; books * stride],
+            seen: vec![0; books * books],
+            chosen: vec![None; books],
+            rows: Vec::with_capacity(2 * books),
+        }
+    }
+
+    /// Turns to another row.
+    #[inline(always)]
+    fn begin(&mut self, row: usize) {
+        self.row = row;
+        self.chosen.fill(None);
+    }
+
+    /// Products of an entry with those of another book.
+    #[inline(always)]
+    fn pairs(&self, book: usize, entry: u16, other: usize) -> &'a [u16] {
+        let (books, entries) = (self.task.half_norms.len(), self.task.entries);
+        &self.task.pairs[((book * books + other) * entries + usize::from(entry)) * entries..][..self.stride]
+    }
+
+    #[inline(always)]
+    fn products(&self, book: usize) -> &'a [f32] {
+        &self.task.products[book][self.row * self.task.entries..][..self.stride]
+    }
+
+    /// Visits all books until nothing changes, or so many times as allowed.
+    #[inline(always)]
+    unsafe fn sweeps<R: Refresh>(&mut self, code: &mut [u16], order: &[usize]) {
+        for _ in 0..self.task.sweeps {
+            let mut changed = false;
+            for (index, book) in order.iter().enumerate() {
+                // SAFETY: passed on to the caller.
+                let entry = unsafe {
+                    self.fetch::<R>(order[if index + 1 < order.len() { index + 1 } else { 0 }], *book, code);
+                    self.visit::<R>(*book, code)
+                };
+                changed |= entry != code[*book];
+                code[*book] = entry;
+            }
+            if !changed {
+                break;
+            }
+        }
+    }
+
+    /// Asks for what the next visit will read, as far as it is known while another book is visited.
+    #[inline(always)]
+    unsafe fn fetch<R: Refresh>(&self, next: usize, visited: usize, code: &[u16]) {
+        let seen = &self.seen[next * code.len()..][..code.len()];
+        for (other, entry) in code.iter().enumerate() {
+            let changed = self.chosen[next].is_none() || seen[other] != *entry;
+            if changed && other != next && other != visited {
+                // SAFETY: passed on to the caller.
+                unsafe { R::fetch(self.pairs(other, *entry, next)) };
+            }
+        }
+    }
+
+    /// The best entry of a book, given the others.
+    #[inline(always)]
+    unsafe fn visit<R: Refresh>(&mut self, book: usize, code: &[u16]) -> u16 {
+        let (books, scale) = (code.len(), self.task.scale);
+        let mut changes = 0;
+        for other in 0..books {
+            changes += usize::from(self.seen[book * books + other] != code[other] && other != book);
+        }
+        let mut start = None;
+        self.rows.clear();
+        match self.chosen[book] {
+            Some(entry) if changes == 0 => return entry,
+            Some(_) if 2 * changes < books - 1 => {
+                for other in 0..books {
+                    let seen = self.seen[book * books + other];
+                    if seen != code[other] && other != book {
+                        self.rows.push((-scale, self.pairs(other, seen, book)));
+                        self.rows.push((scale, self.pairs(other, code[other], book)));
+                    }
+                }
+            }
+            _ => {
+                start = Some((&self.task.half_norms[book][..self.stride], self.products(book)));
+                for other in 0..books {
+                    if other != book {
+                        self.rows.push((scale, self.pairs(other, code[other], book)));
+                    }
+                }
+            }
+        }
+        self.seen[book * books..][..books].copy_from_slice(code);
+        let values = &mut self.values[book * self.stride..][..self.stride];
+        // SAFETY: all slices have `stride` numbers; the instruction set is the caller's.
+        let entry = unsafe { R::refresh(values, start, &self.rows) } as u16;
+        self.chosen[book] = Some(entry);
+        entry
+    }
+
+    /// Half the squared error of a code, less half the row's squared norm.
+    #[inline(always)]
+    unsafe fn score<R: Refresh>(&self, code: &[u16]) -> f32 {
+        let mut sum = 0f32;
+        for (book, entry) in code.iter().enumerate() {
+            let at = usize::from(*entry);
+            sum += self.task.half_norms[book][at] - self.products(book)[at];
+            for (other, entry) in code[..book].iter().enumerate() {
+                // SAFETY: the instruction set is the caller's.
+                let product = unsafe { R::half(self.pairs(other, *entry, book)[at]) };
+                sum = product.mul_add(self.task.scale, sum);
+            }
+        }
+        sum
+    }
+
+    /// Takes a code where its score is lower than the best one's.
+    #[inline(always)]
+    unsafe fn keep_lower<R: Refresh>(&self, code: &[u16], best: &mut [u16], low: &mut f32) {
+        // SAFETY: passed on to the caller.
+        let score = unsafe { self.score::<R>(code) };
+        if score < *low {
+            *low = score;
+            best.copy_from_slice(code);
         }
     }
 }

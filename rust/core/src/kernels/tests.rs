@@ -358,6 +358,48 @@ proptest! {
     }
 }
 
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(if cfg!(miri) { 2 } else { 300 }))]
+
+    #[test]
+    fn descents(seed: u64, rows in 0usize..7, books in 1usize..7, entries in 1usize..150, sweeps in 0usize..5,
+                kicks in 0usize..6, coarse: bool) {
+        let rng = &mut Rng::new(seed);
+        let mut numbers = |count: usize| -> Vec<f32> {
+            let mut values = floats(rng, count + BEAM_PADDING);
+            if coarse {
+                // Almost all scores are equal to others.
+                values.iter_mut().for_each(|v| *v = v.round());
+            }
+            values
+        };
+        let pairs: Vec<u16> = numbers((books * entries).pow(2)).iter().map(|v| half::f16::from_f32(*v).to_bits()).collect();
+        let products: Vec<Vec<f32>> = (0..books).map(|_| numbers(rows * entries)).collect();
+        let mut half_norms: Vec<Vec<f32>> = (0..books).map(|_| numbers(entries)).collect();
+        half_norms.iter_mut().for_each(|norms| norms[entries..].fill(f32::NAN));
+        let kicks: Vec<Kick> = (0..kicks).map(|_| Kick {
+            shifts: (0..books).map(|_| rng.below(2) * rng.below(entries)).collect(),
+            order: (0..books).map(|_| rng.below(books)).collect(),
+        }).collect();
+        let start: Vec<u16> = (0..rows * books).map(|_| rng.below(entries) as u16).collect();
+        let task = Descent { rows, entries, half_norms: &half_norms, products: &products, pairs: &pairs, scale: 0.5,
+                             sweeps, kicks: &kicks };
+        let run = |kernels: &Kernels, task: &Descent| {
+            let (mut codes, mut scores) = (start.clone(), vec![0.0; rows]);
+            (kernels.descend)(task, &mut codes, &mut scores);
+            (codes, scores)
+        };
+        let expected = run(&scalar::KERNELS, &task);
+        for kernels in available() {
+            let got = run(kernels, &task);
+            same(&got.1, &expected.1)?;
+            prop_assert_eq!(&got.0, &expected.0, "{}", kernels.name);
+        }
+        let before = run(&scalar::KERNELS, &Descent { sweeps: 0, kicks: &[], ..task }).1;
+        prop_assert!(before.iter().zip(&expected.1).all(|(before, after)| after <= before));
+    }
+}
+
 #[test]
 fn pairs() {
     for n in 0..=67 {

@@ -3,17 +3,20 @@
 //! A quantizer is its parameters, with `fit` and an encoder. It keeps no fitted state: everything that reading needs
 //! goes into a [`Decoder`], and everything after fitting needs only that.
 
+mod additive;
 mod deduplicating;
 mod front;
 mod kmeans;
 mod low_rank;
 mod optimized_product;
 mod product;
+mod product_residual;
 mod residual;
 mod rotated;
 mod scalar;
 mod scales;
 mod sparse;
+mod tree;
 mod trellis;
 
 use crate::algo::nearest::{Centroids, Columns, Parts};
@@ -35,6 +38,9 @@ pub const KINDS: &[Kind] = &[
     kind::<product::ProductQuantizer>(),
     kind::<optimized_product::OptimizedProductQuantizer>(),
     kind::<residual::ResidualQuantizer>(),
+    kind::<product_residual::ProductResidualQuantizer>(),
+    kind::<additive::AdditiveQuantizer>(),
+    kind::<tree::TreeQuantizer>(),
     kind::<scalar::ScalarQuantizer>(),
     kind::<low_rank::LowRankQuantizer>(),
     kind::<trellis::TrellisQuantizer>(),

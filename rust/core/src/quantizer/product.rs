@@ -19,11 +19,11 @@ use serde::{Deserialize, Serialize};
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct ProductQuantizer {
-    n_subvectors: usize,
-    n_bits: u32,
-    max_iter: usize,
-    tol: f64,
-    codebook_dtype: CodebookDtype,
+    pub(super) n_subvectors: usize,
+    pub(super) n_bits: u32,
+    pub(super) max_iter: usize,
+    pub(super) tol: f64,
+    pub(super) codebook_dtype: CodebookDtype,
 }
 
 impl Default for ProductQuantizer {
@@ -33,13 +33,13 @@ impl Default for ProductQuantizer {
 }
 
 /// Start and width of each of `parts` parts of `dim` columns; widths differ by at most one.
-fn split(dim: usize, parts: usize) -> Vec<(usize, usize)> {
+pub(super) fn split(dim: usize, parts: usize) -> Vec<(usize, usize)> {
     let (width, wider) = (dim / parts, dim % parts);
     (0..parts).map(|m| (m * width + m.min(wider), width + usize::from(m < wider))).collect()
 }
 
 /// A copy of some columns: clustering reads them many times, and row by row they would be far apart.
-fn gathered(rows: Matrix, start: usize, width: usize) -> Vec<f32> {
+pub(super) fn gathered(rows: Matrix, start: usize, width: usize) -> Vec<f32> {
     let mut part = Vec::with_capacity(rows.rows() * width);
     rows.data().chunks_exact(rows.dim()).for_each(|row| part.extend_from_slice(&row[start..start + width]));
     part

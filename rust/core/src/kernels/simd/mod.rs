@@ -10,6 +10,7 @@
 
 mod beam;
 mod books;
+mod descent;
 mod levels;
 mod nearest;
 mod peak;
@@ -20,6 +21,7 @@ mod vectors;
 
 pub(super) use beam::{extend, Pack};
 pub(super) use books::{lookup_books, pool_books};
+pub(super) use descent::descend;
 pub(super) use levels::{lookup_levels, pool_levels};
 pub(super) use nearest::{nearest, Ahead};
 pub(super) use peak::fma_peak;
@@ -28,8 +30,8 @@ pub(super) use trellis::{decode_trellis, sweep, Trace};
 pub(super) use vectors::{axpy, to_bf16, to_f16};
 
 use super::{
-    check, scalar, Bags, BooksView, Extension, Ids, Level, LevelsView, Meaning, Output, Panels, Products, Rows, Scales,
-    Values,
+    check, scalar, Bags, BooksView, Descent, Extension, Ids, Level, LevelsView, Meaning, Output, Panels, Products,
+    Rows, Scales, Values,
 };
 
 /// A loop that is compiled for an instruction set: see [`Widen::enter`].

@@ -7,7 +7,7 @@ mod vectors;
 use super::scalar;
 use super::simd;
 use super::{
-    Bags, BooksView, Extension, Grids, Kernels, LevelsView, Output, Panels, Products, Rows, Sweep, TrellisView,
+    Bags, BooksView, Descent, Extension, Grids, Kernels, LevelsView, Output, Panels, Products, Rows, Sweep, TrellisView,
 };
 use pack::pack;
 use vectors::{Eight, Sixteen};
@@ -48,6 +48,7 @@ static AVX2: Kernels = Kernels {
     decode_trellis: avx2_decode_trellis,
     sweep: avx2_sweep,
     hadamard: avx2_hadamard,
+    descend: avx2_descend,
     quantize: avx2_quantize,
     grid_error: avx2_grid_error,
     axpy,
@@ -76,6 +77,7 @@ static AVX512: Kernels = Kernels {
     decode_trellis: avx512_decode_trellis,
     sweep: avx512_sweep,
     hadamard: avx512_hadamard,
+    descend: avx512_descend,
     quantize: avx512_quantize,
     grid_error: avx512_grid_error,
     axpy,
@@ -128,6 +130,10 @@ shell!("avx2,fma,f16c,popcnt", fn avx2_extend(task: &Extension, scores: &mut [f3
     = simd::extend::<Eight, 8, 2>);
 shell!("avx512f,avx512bw,avx512vl,avx2,fma,f16c,popcnt",
     fn avx512_extend(task: &Extension, scores: &mut [f32], paths: &mut [u16]) = simd::extend::<Sixteen, 8, 1>);
+shell!("avx2,fma,f16c", fn avx2_descend(task: &Descent, codes: &mut [u16], scores: &mut [f32])
+    = simd::descend::<Eight, 4>);
+shell!("avx512f,avx512bw,avx512vl,avx2,fma,f16c",
+    fn avx512_descend(task: &Descent, codes: &mut [u16], scores: &mut [f32]) = simd::descend::<Sixteen, 8>);
 shell!("avx512f,avx512bw,avx512vl,avx2,fma,f16c",
     fn avx512_nearest(task: &Panels, labels: &mut [u32], best: &mut [f32], second: &mut [f32])
     = simd::nearest::<Sixteen, 3, 8, 4, 2>);

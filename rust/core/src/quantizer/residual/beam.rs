@@ -6,7 +6,7 @@
 use crate::algo::nearest::{Centroids, Columns};
 use crate::error::Result;
 use crate::kernels::{self, Extension, BEAM_PADDING};
-use crate::matrix::Matrix;
+use crate::matrix::{Matrix, Sample};
 use crate::pool::Context;
 use crate::quantizer::{squared_distance, BLOCK_ROWS};
 
@@ -17,7 +17,7 @@ const MAX_TABLES: usize = 512 << 20;
 const PRODUCTS: usize = 1 << 16;
 
 /// The best partial codes of some rows, equally many of each.
-pub(super) struct Beams {
+pub(in crate::quantizer) struct Beams {
     rows: usize,
     /// Entries of a partial code.
     stage: usize,
@@ -28,7 +28,7 @@ pub(super) struct Beams {
 
 impl Beams {
     /// One empty code a row.
-    pub(super) fn new(rows: usize) -> Self {
+    pub(in crate::quantizer) fn new(rows: usize) -> Self {
         Beams { rows, stage: 0, scores: vec![0.0; rows], paths: Vec::new() }
     }
 
@@ -38,54 +38,60 @@ impl Beams {
     }
 
     /// The best partial code of a row.
-    pub(super) fn best(&self, row: usize) -> &[u16] {
+    pub(in crate::quantizer) fn best(&self, row: usize) -> &[u16] {
         &self.paths[row * self.count() * self.stage..][..self.stage]
     }
 
     /// Forgets all but the best.
-    pub(super) fn keep_best(&mut self) {
+    pub(in crate::quantizer) fn keep_best(&mut self) {
         self.paths = (0..self.rows).flat_map(|row| self.best(row).to_vec()).collect();
         self.scores = self.scores.chunks(self.count()).map(|scores| scores[0]).collect();
     }
 }
 
 /// Entry numbers, equally many a row.
-pub(super) struct Codes {
-    fields: usize,
-    values: Vec<u16>,
+#[derive(Clone)]
+pub(in crate::quantizer) struct Codes {
+    pub(in crate::quantizer) fields: usize,
+    pub(in crate::quantizer) values: Vec<u16>,
 }
 
 impl Codes {
     /// The best codes of consecutive blocks of rows.
-    pub(super) fn of(blocks: &[Beams]) -> Self {
+    pub(in crate::quantizer) fn of(blocks: &[Beams]) -> Self {
         let values = blocks.iter().flat_map(|block| (0..block.rows).flat_map(|row| block.best(row).to_vec())).collect();
         Codes { fields: blocks[0].stage, values }
     }
 
-    pub(super) fn row(&self, row: usize) -> &[u16] {
+    /// Number of rows.
+    pub(in crate::quantizer) fn len(&self) -> usize {
+        self.values.len() / self.fields
+    }
+
+    pub(in crate::quantizer) fn row(&self, row: usize) -> &[u16] {
         &self.values[row * self.fields..(row + 1) * self.fields]
     }
 }
 
 /// Full-width codebooks on top of each other, with what the beam search needs of them.
-pub(super) struct Stages {
-    pub(super) dim: usize,
-    pub(super) entries: usize,
+pub(in crate::quantizer) struct Stages {
+    pub(in crate::quantizer) dim: usize,
+    pub(in crate::quantizer) entries: usize,
     /// Stage after stage, entry after entry.
-    pub(super) centers: Vec<f32>,
-    packed: Vec<Centroids>,
+    pub(in crate::quantizer) centers: Vec<f32>,
+    pub(in crate::quantizer) packed: Vec<Centroids>,
     /// Padded as [`Extension`] wants them, and the tables too.
-    half_norms: Vec<Vec<f32>>,
+    pub(in crate::quantizer) half_norms: Vec<Vec<f32>>,
     /// `tables[m][i]`: inner products of stage i's entries (rows) with stage m's, i < m. Empty where too large.
-    tables: Vec<Vec<Vec<f32>>>,
+    pub(in crate::quantizer) tables: Vec<Vec<Vec<f32>>>,
 }
 
 impl Stages {
-    pub(super) fn new(dim: usize, entries: usize) -> Self {
+    pub(in crate::quantizer) fn new(dim: usize, entries: usize) -> Self {
         Stages { dim, entries, centers: Vec::new(), packed: Vec::new(), half_norms: Vec::new(), tables: Vec::new() }
     }
 
-    pub(super) fn len(&self) -> usize {
+    pub(in crate::quantizer) fn len(&self) -> usize {
         self.packed.len()
     }
 
@@ -99,12 +105,12 @@ impl Stages {
     }
 
     /// Whether tables between `stages` stages fit.
-    fn tables_fit(&self, stages: usize) -> bool {
+    pub(in crate::quantizer) fn tables_fit(&self, stages: usize) -> bool {
         stages * (stages + 1) / 2 * self.entries * self.entries * 4 <= MAX_TABLES
     }
 
     /// Adds a stage.
-    pub(super) fn push(&mut self, centers: Vec<f32>, ctx: &Context) -> Result<()> {
+    pub(in crate::quantizer) fn push(&mut self, centers: Vec<f32>, ctx: &Context) -> Result<()> {
         let half = |c: &[f32]| (c.iter().map(|v| f64::from(*v) * f64::from(*v)).sum::<f64>() / 2.0) as f32;
         let padding = [f32::NAN; BEAM_PADDING];
         self.half_norms.push(centers.chunks(self.dim).map(half).chain(padding).collect());
@@ -132,13 +138,13 @@ impl Stages {
     }
 
     /// Replaces all codebooks.
-    pub(super) fn replace(&mut self, centers: Vec<f32>, ctx: &Context) -> Result<()> {
+    pub(in crate::quantizer) fn replace(&mut self, centers: Vec<f32>, ctx: &Context) -> Result<()> {
         let size = self.entries * self.dim;
         *self = Stages::new(self.dim, self.entries);
         centers.chunks(size).try_for_each(|book| self.push(book.to_vec(), ctx))
     }
 
-    pub(super) fn encode(&self, rows: Matrix, beam: usize, ctx: &Context) -> Result<Codes> {
+    pub(in crate::quantizer) fn encode(&self, rows: Matrix, beam: usize, ctx: &Context) -> Result<Codes> {
         let mut values = vec![0u16; rows.rows() * self.len()];
         ctx.chunks(&mut values, BLOCK_ROWS * self.len(), |index, chunk| {
             let start = index * BLOCK_ROWS;
@@ -151,7 +157,13 @@ impl Stages {
     }
 
     /// Extends rows' partial codes to the last stage, on the calling thread. Rows do not influence each other.
-    pub(super) fn extend_all(&self, rows: Matrix, beams: &mut Beams, beam: usize, ctx: &Context) -> Result<()> {
+    pub(in crate::quantizer) fn extend_all(
+        &self,
+        rows: Matrix,
+        beams: &mut Beams,
+        beam: usize,
+        ctx: &Context,
+    ) -> Result<()> {
         (beams.stage..self.len()).try_for_each(|_| self.extend(rows, beams, beam, ctx))
     }
 
@@ -229,7 +241,13 @@ impl Stages {
     }
 
     /// What the best codes of consecutive blocks of rows leave of these.
-    pub(super) fn residuals(&self, rows: Matrix, blocks: &[Beams], out: &mut [f32], ctx: &Context) -> Result<()> {
+    pub(in crate::quantizer) fn residuals(
+        &self,
+        rows: Matrix,
+        blocks: &[Beams],
+        out: &mut [f32],
+        ctx: &Context,
+    ) -> Result<()> {
         ctx.chunks(out, BLOCK_ROWS * self.dim, |block, chunk| {
             for (row, residual) in chunk.chunks_mut(self.dim).enumerate() {
                 self.subtract(rows.row(block * BLOCK_ROWS + row), blocks[block].best(row), residual);
@@ -238,8 +256,28 @@ impl Stages {
         })
     }
 
+    /// Weighted sum of squares that codes leave of all rows.
+    pub(in crate::quantizer) fn error(&self, data: Sample, codes: &Codes, ctx: &Context) -> Result<f64> {
+        let blocks = ctx.map(data.len().div_ceil(BLOCK_ROWS), |block| {
+            let (mut residual, zero) = (vec![0f32; self.dim], vec![0f32; self.dim]);
+            let rows = block * BLOCK_ROWS..data.len().min((block + 1) * BLOCK_ROWS);
+            let mut error = |row: usize| {
+                self.subtract(data.rows.row(row), codes.row(row), &mut residual);
+                data.weight(row) * squared_distance(&residual, &zero)
+            };
+            Ok(rows.map(&mut error).sum::<f64>())
+        })?;
+        Ok(blocks.iter().sum())
+    }
+
     /// Takes `fresh` codes in rows where they have less error.
-    pub(super) fn keep_better(&self, rows: Matrix, codes: &mut Codes, fresh: Codes, ctx: &Context) -> Result<()> {
+    pub(in crate::quantizer) fn keep_better(
+        &self,
+        rows: Matrix,
+        codes: &mut Codes,
+        fresh: Codes,
+        ctx: &Context,
+    ) -> Result<()> {
         let fields = codes.fields;
         ctx.chunks(&mut codes.values, BLOCK_ROWS * fields, |index, chunk| {
             let mut residual = vec![0f32; self.dim];

@@ -4,7 +4,7 @@
 //! residual is computed for a beam entry. After the stages are trained one by one, all codebooks are refined together:
 //! least squares for the codes, then codes for the codebooks, keeping each row's old code where that is better.
 
-mod beam;
+pub(super) mod beam;
 mod solve;
 
 use super::{check_codebooks, check_loop, group, note_distinct, shrink_clusters, within};
@@ -23,13 +23,13 @@ use serde::{Deserialize, Serialize};
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct ResidualQuantizer {
-    n_stages: usize,
-    n_bits: u32,
-    beam_width: usize,
-    n_refinements: usize,
-    max_iter: usize,
-    tol: f64,
-    codebook_dtype: CodebookDtype,
+    pub(super) n_stages: usize,
+    pub(super) n_bits: u32,
+    pub(super) beam_width: usize,
+    pub(super) n_refinements: usize,
+    pub(super) max_iter: usize,
+    pub(super) tol: f64,
+    pub(super) codebook_dtype: CodebookDtype,
 }
 
 impl Default for ResidualQuantizer {
@@ -91,6 +91,76 @@ impl ResidualQuantizer {
         }
         Ok((stages, Codes::of(&beams), n_iter, fewest))
     }
+
+    /// All of a fit but the rounding to the stored type.
+    pub(super) fn learn(&self, data: Sample, ctx: &Context) -> Result<Found> {
+        let mut found = self.start(data, ctx)?;
+        self.refine(data, &mut found, ctx)?;
+        Ok(found)
+    }
+
+    /// The stages one by one.
+    pub(super) fn start(&self, data: Sample, ctx: &Context) -> Result<Found> {
+        check_codebooks(self.n_stages.saturating_mul(data.dim()), self.n_bits)?;
+        let mut notes = Vec::new();
+        let entries = shrink_clusters(1 << self.n_bits, data.len(), &mut notes);
+        let (stages, codes, n_iter, distinct) = self.stages(data, entries, ctx)?;
+        note_distinct(distinct, entries, &mut notes);
+        Ok(Found { stages, codes, n_iter, notes })
+    }
+
+    /// All codebooks together: least squares for the codes, then codes for the codebooks.
+    pub(super) fn refine(&self, data: Sample, found: &mut Found, ctx: &Context) -> Result<()> {
+        ctx.stage("refine", self.n_refinements as u64);
+        for _ in 0..self.n_refinements {
+            found.stages.refine(data, &found.codes, ctx)?;
+            let fresh = found.stages.encode(data.rows, self.beam_width, ctx)?;
+            found.stages.keep_better(data.rows, &mut found.codes, fresh, ctx)?;
+            ctx.advance(1);
+        }
+        Ok(())
+    }
+
+    /// A decoder of the codebooks, and the codes as bytes.
+    pub(super) fn finish(&self, found: Found) -> Result<Learned> {
+        let Found { stages, codes, n_iter, notes } = found;
+        let decoder = self.books(stages.dim, stages.entries, stages.centers)?;
+        let mut packed = vec![0u8; codes.len() * decoder.row_bytes()];
+        for (row, code) in packed.chunks_mut(decoder.row_bytes()).enumerate() {
+            pack(codes.row(row), self.n_bits, code);
+        }
+        Ok(Learned { decoder, codes: Some(packed), n_iter, notes })
+    }
+}
+
+/// What a fit learned, before it is rounded to the stored type.
+pub(super) struct Found {
+    pub(super) stages: Stages,
+    pub(super) codes: Codes,
+    pub(super) n_iter: usize,
+    pub(super) notes: Vec<String>,
+}
+
+impl Found {
+    /// Puts other codebooks and codes in the place of these, which it returns.
+    pub(super) fn exchange(&mut self, other: (Vec<f32>, Codes), ctx: &Context) -> Result<(Vec<f32>, Codes)> {
+        let centers = self.stages.centers.clone();
+        self.stages.replace(other.0, ctx)?;
+        Ok((centers, std::mem::replace(&mut self.codes, other.1)))
+    }
+}
+
+/// The codebooks of a decoder, and the bits of a field.
+pub(super) fn stages_of(decoder: &Decoder, ctx: &Context) -> Result<(Stages, u32)> {
+    let Decoder::Books(books) = decoder else {
+        return Err(Error::shape("the decoder", decoder.form(), "the form books"));
+    };
+    let mut stages = Stages::new(books.dim(), 0);
+    for (_, width, entries) in books.books() {
+        stages.entries = entries.len() / width;
+        stages.push(entries, ctx)?;
+    }
+    Ok((stages, books.bits()))
 }
 
 impl Quantizer for ResidualQuantizer {
@@ -112,42 +182,18 @@ impl Quantizer for ResidualQuantizer {
     }
 
     fn fit(&self, data: Sample, ctx: &Context) -> Result<Learned> {
-        check_codebooks(self.n_stages.saturating_mul(data.dim()), self.n_bits)?;
-        let mut notes = Vec::new();
-        let entries = shrink_clusters(1 << self.n_bits, data.len(), &mut notes);
-        let (mut stages, mut codes, n_iter, distinct) = self.stages(data, entries, ctx)?;
-        note_distinct(distinct, entries, &mut notes);
-        ctx.stage("refine", self.n_refinements as u64);
-        for _ in 0..self.n_refinements {
-            stages.refine(data, &codes, ctx)?;
-            let fresh = stages.encode(data.rows, self.beam_width, ctx)?;
-            stages.keep_better(data.rows, &mut codes, fresh, ctx)?;
-            ctx.advance(1);
-        }
-        let decoder = self.books(data.dim(), entries, stages.centers)?;
-        let mut packed = vec![0u8; data.len() * decoder.row_bytes()];
-        for (row, code) in packed.chunks_mut(decoder.row_bytes()).enumerate() {
-            pack(codes.row(row), self.n_bits, code);
-        }
-        Ok(Learned { decoder, codes: Some(packed), n_iter, notes })
+        self.finish(self.learn(data, ctx)?)
     }
 
     fn encoder<'a>(&'a self, decoder: &'a Decoder, ctx: &Context) -> Result<Encoder<'a>> {
-        let Decoder::Books(books) = decoder else {
-            return Err(Error::shape("the decoder", decoder.form(), "the form books"));
-        };
-        let mut stages = Stages::new(books.dim(), 0);
-        for (_, width, entries) in books.books() {
-            stages.entries = entries.len() / width;
-            stages.push(entries, ctx)?;
-        }
+        let (stages, bits) = stages_of(decoder, ctx)?;
         let ctx = ctx.clone();
         Ok(Box::new(move |rows: Matrix, out: &mut [u8]| {
             let mut beams = Beams::new(rows.rows());
             stages.extend_all(rows, &mut beams, self.beam_width, &ctx)?;
             let bytes = out.len() / rows.rows();
             for (row, code) in out.chunks_mut(bytes).enumerate() {
-                pack(beams.best(row), books.bits(), code);
+                pack(beams.best(row), bits, code);
             }
             Ok(())
         }))
@@ -155,6 +201,6 @@ impl Quantizer for ResidualQuantizer {
 }
 
 /// Writes a row of codes.
-fn pack(fields: &[u16], bits: u32, code: &mut [u8]) {
+pub(super) fn pack(fields: &[u16], bits: u32, code: &mut [u8]) {
     bits::pack(fields.iter().map(|field| u32::from(*field)), bits, code);
 }

@@ -20,7 +20,20 @@ const ROWS: usize = 1 << 14;
 impl Stages {
     /// All codebooks together by least squares for given codes: conjugate gradients from the codebooks at hand, which
     /// never raise the error, leave unused entries alone and need no system of (stages x entries)^2 numbers.
-    pub(super) fn refine(&mut self, data: Sample, codes: &Codes, ctx: &Context) -> Result<()> {
+    pub(in crate::quantizer) fn refine(&mut self, data: Sample, codes: &Codes, ctx: &Context) -> Result<()> {
+        let centers = self.refined(&self.centers, STEPS, data, codes, ctx)?;
+        self.replace(centers, ctx)
+    }
+
+    /// What [`Stages::refine`] makes of codebooks `from`, which need not be those at hand, in so many steps.
+    pub(in crate::quantizer) fn refined(
+        &self,
+        from: &[f32],
+        steps: usize,
+        data: Sample,
+        codes: &Codes,
+        ctx: &Context,
+    ) -> Result<Vec<f32>> {
         // Relative to the largest, weights of any magnitude are good numbers in float32.
         let largest = data.weights.map_or(1.0, |weights| weights.iter().fold(0.0, |a: f64, b| a.max(*b)));
         let weights: Vec<f32> = (0..data.len()).map(|row| (data.weight(row) / largest) as f32).collect();
@@ -28,15 +41,16 @@ impl Stages {
         let slices = ctx.map(self.dim.div_ceil(COLUMNS), |slice| {
             let start = slice * COLUMNS;
             let width = COLUMNS.min(self.dim - start);
-            Solver { stages: self, data, weights: &weights, codes, counts: &counts, start, width }.solve(ctx)
+            Solver { stages: self, from, steps, data, weights: &weights, codes, counts: &counts, start, width }
+                .solve(ctx)
         })?;
-        let mut centers = vec![0f32; self.centers.len()];
+        let mut centers = vec![0f32; from.len()];
         for (slice, values) in slices.iter().enumerate() {
             for (entry, values) in centers.chunks_mut(self.dim).zip(values) {
                 entry[slice * COLUMNS..].iter_mut().zip(values).for_each(|(center, value)| *center = *value);
             }
         }
-        self.replace(centers, ctx)
+        Ok(centers)
     }
 
     /// Weight of each entry's rows.
@@ -54,6 +68,8 @@ impl Stages {
 /// Least squares for a slice of columns: min over the codebooks C of sum_i w_i |x_i - sum_m C_m[a_im]|^2.
 struct Solver<'a> {
     stages: &'a Stages,
+    from: &'a [f32],
+    steps: usize,
     data: Sample<'a>,
     weights: &'a [f32],
     codes: &'a Codes,
@@ -91,7 +107,8 @@ impl Solver<'_> {
                 let row = self.slice(self.data.rows.row(row));
                 (0..COLUMNS).for_each(|t| values[t] = row[t] - values[t]);
             }
-            let weighted = values.map(|value| weight * value);
+            let mut weighted = [0f32; COLUMNS];
+            (0..COLUMNS).for_each(|t| weighted[t] = weight * values[t]);
             for place in places() {
                 let sum = &mut sums[place];
                 (0..COLUMNS).for_each(|t| sum[t] += weighted[t]);
@@ -111,14 +128,14 @@ impl Solver<'_> {
     }
 
     fn solve(&self, ctx: &Context) -> Result<Vec<Slice>> {
-        let start: Vec<Slice> = self.stages.centers.chunks(self.stages.dim).map(|entry| self.slice(entry)).collect();
+        let start: Vec<Slice> = self.from.chunks(self.stages.dim).map(|entry| self.slice(entry)).collect();
         let mut centers = start.clone();
         let (mut gradient, before) = self.pass(&centers, true, ctx)?;
         let mut direction = self.precondition(&gradient);
         let mut slope = dots(&gradient, &direction);
         // A gradient this far below the first one is float32's rounding: steps along it would only add noise.
         let settled = slope.map(|slope| slope * 1e-8);
-        for _ in 0..STEPS {
+        for _ in 0..self.steps {
             let (product, curvature) = self.pass(&direction, false, ctx)?;
             let step = std::array::from_fn(|t| match slope[t] > settled[t] && curvature[t] > 0.0 {
                 true => (slope[t] / curvature[t]) as f32,
