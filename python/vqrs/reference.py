@@ -223,7 +223,7 @@ def decode_levels(description: Mapping[str, Any], tensors: Tensors, codes: NDArr
         return np.take_along_axis(own, block * 16 + places, axis=1)
     levels = tensors["levels"][places] if dtype.startswith("table") else places.astype(np.float32)
     if description["granularity"] == "column":
-        scale, offset = tensors["scale"], tensors.get("offset")
+        scale, offset = tensors["scale"], tensors.get("offset", np.zeros(dim, np.float32))
     else:
         scale, offset = (side[:, block] for side in _stored_ranges(description, bits, stored))
     return levels * scale if dtype.startswith("table") else fused_multiply_add(levels, scale, offset)
@@ -474,9 +474,8 @@ def _encode_table(x: NDArray[np.float32], description: Mapping[str, Any], tensor
         stored = np.maximum((halves.view(np.uint16) + 32) >> 6, reach > 0).astype(np.uint8)
     else:
         stored = np.ascontiguousarray(halves).view(np.uint8)
-    scale, _ = _stored_ranges(description, bits, stored)
-    scale = scale[:, np.arange(x.shape[1]) // size].astype(np.float64)
-    return np.hstack([pack_bits(_nearest_places(x / np.where(scale > 0, scale, np.inf), levels), bits), stored])
+    scales = _stored_ranges(description, bits, stored)[0][:, np.arange(x.shape[1]) // size].astype(np.float64)
+    return np.hstack([pack_bits(_nearest_places(x / np.where(scales > 0, scales, np.inf), levels), bits), stored])
 
 
 def _encode_free(x: NDArray[np.float32], description: Mapping[str, Any]) -> NDArray[np.uint8]:

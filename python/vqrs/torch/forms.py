@@ -342,7 +342,7 @@ class JoinDecoder(Decoder):
     def real_values(description: Mapping[str, Any], stored: Tensors, codes: Tensor) -> dict[str, Tensor]:
         """What trains of the parts."""
         sizes = [row_bytes(part) for part in description["parts"]]
-        values = {}
+        values: dict[str, Tensor] = {}
         for number, (part, cut) in enumerate(zip(description["parts"], codes.split(sizes, 1), strict=True)):
             found = FORMS[part["form"]].real_values(part, _inner(stored, f"parts.{number}."), cut)
             values |= {f"parts.{number}.{name}": value for name, value in found.items()}
@@ -350,7 +350,8 @@ class JoinDecoder(Decoder):
 
     def stored_values(self, codes: Tensor) -> tuple[dict[str, Tensor], Tensor]:
         """Tensors and codes of the parts."""
-        stored, pieces = {}, []
+        stored: dict[str, Tensor] = {}
+        pieces = []
         for number, (part, cut) in enumerate(zip(self.parts, codes.split(self.sizes, 1), strict=True)):
             values, piece = part.stored_values(cut)
             stored |= {f"parts.{number}.{name}": value for name, value in values.items()}
@@ -451,7 +452,8 @@ class SegmentsDecoder(Decoder):
 
     def stored_values(self, codes: Tensor) -> tuple[dict[str, Tensor], Tensor]:
         """Tensors and codes of the groups, and the map."""
-        stored, pieces = {}, []
+        stored: dict[str, Tensor] = {}
+        pieces = []
         for number, (group, cut) in enumerate(zip(self.groups, self._cut(codes), strict=True)):
             values, piece = group.stored_values(cut)
             stored |= {f"groups.{number}.{name}": value for name, value in values.items()}
