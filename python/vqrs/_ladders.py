@@ -173,7 +173,9 @@ def _descent_work(n_rows: int, dim: int, p: Mapping[str, Any]) -> float:
 
 
 _ENTRIES = _variants((FAST, {}), (BALANCED, {"codebook_dtype": "int8"}))
-_TURNED = _variants((BALANCED, {}), (BALANCED, {"codebook_dtype": "int8", "rotation_dtype": "int8"}))
+_TURNED = _variants((BEST, {}), (BALANCED, {"codebook_dtype": "int8", "rotation_dtype": "int8"}))
+# Sums of many codebooks, whose bytes count: in int8 from the effort that has time for a second try.
+_SUMS = [Variant({}, FAST, FAST), Variant({"codebook_dtype": "int8"}, BALANCED), Variant({}, BEST)]
 
 RATES = {
     "deduplicating": Rates("tolerance", _listed(0.0), measured=True),
@@ -186,7 +188,7 @@ RATES = {
     "kmeans": Rates("n_clusters", lambda n_rows, dim, _: [1 << b for b in range(1, 17) if 1 << b < 2 * n_rows]),
     "optimized-product": Rates("n_subvectors", _divided, _TURNED, (4, 6, 8, 10)),
     "sparse": Rates("density", lambda n_rows, dim, _: [k / 64 for k in range(1, 49)]),
-    "tree": Rates("branching", _listed(2, 4, 8, 16, 32, 64, 128, 256), _variants((BALANCED, {"depth": 2}))),
+    "tree": Rates("branching", _listed(2, 4, 8, 16, 32, 64, 128, 256), _variants((BEST, {"depth": 2}))),
     "product-residual": Rates(
         "n_subvectors",
         _divided,
@@ -198,11 +200,11 @@ RATES = {
         (4, 6, 8),
         work=_parts_work,
     ),
-    "residual": Rates("n_stages", _stages, _ENTRIES, (4, 6, 8, 10), stagewise=True, work=_beam_work),
+    "residual": Rates("n_stages", _stages, lambda n_rows, dim: _SUMS, (4, 6, 8, 10), stagewise=True, work=_beam_work),
     "additive": Rates(
         "n_codebooks",
         _stages,
-        _variants((BALANCED, {}), (BALANCED, {"codebook_dtype": "int8"})),
+        lambda n_rows, dim: _SUMS[1:],
         (4, 6, 8),
         stagewise=True,
         work=_descent_work,
