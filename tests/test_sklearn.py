@@ -36,6 +36,9 @@ SMALL = {cls: cls(random_state=0) for cls in QUANTIZERS} | {
     ProductQuantizer: ProductQuantizer(n_subvectors=2, n_bits=3, random_state=0),
     ResidualQuantizer: ResidualQuantizer(n_stages=2, n_bits=3, random_state=0),
     ScalarQuantizer: ScalarQuantizer(),
+    vqrs.AdditiveQuantizer: vqrs.AdditiveQuantizer(n_codebooks=2, n_bits=3, n_rounds=2, random_state=0),
+    vqrs.ProductResidualQuantizer: vqrs.ProductResidualQuantizer(2, 2, n_bits=3, random_state=0),
+    vqrs.TreeQuantizer: vqrs.TreeQuantizer(branching=3, random_state=0),
 }
 
 

@@ -382,6 +382,7 @@ class ResidualQuantizer(Quantizer):
     See Also
     --------
     ProductQuantizer : Much faster to learn and encode.
+    AdditiveQuantizer : Smaller error at the same bytes, slower to learn and encode.
 
     References
     ----------
