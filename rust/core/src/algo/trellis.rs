@@ -17,6 +17,12 @@ pub const MOST_BITS: u8 = 8;
 /// Columns that read the same window have tables of their own, up to this many.
 const TABLES: usize = 8;
 
+/// Streams of fewer windows than this are short: so much of them stands at the seam that rounds alone often miss the best.
+const SHORT: u32 = 10;
+
+/// States of all columns that the search of a short row may look at: as many as that of a row of 128 columns and 12 bits.
+const MOST_WORK: usize = ROUNDS * (128 << 12);
+
 /// Searches around the circle: the first finds where to start, each other one is no worse than the one before.
 const ROUNDS: usize = 3;
 
@@ -191,6 +197,8 @@ pub struct Search<'a> {
     layout: &'a Layout,
     levels: &'a [f32],
     orders: [Order; 2],
+    /// Bits at the seam that are tried after the rounds, at most.
+    seams: usize,
 }
 
 /// Room for a search, and what it found.
@@ -201,13 +209,17 @@ pub struct Room {
     values: Vec<f32>,
     /// The state of each column.
     pub states: Vec<u32>,
+    best: Vec<u32>,
+    seams: Vec<(f32, u32)>,
 }
 
 impl<'a> Search<'a> {
     /// A search for rows of which a value is near its level times its column's scale.
     pub fn new(layout: &'a Layout, levels: &'a [f32], scales: &[f32]) -> Self {
         let orders = [scales.len() / 2, 0].map(|from| Order::new(layout, scales, from));
-        Search { layout, levels, orders }
+        let work = scales.len() << layout.state_bits;
+        let short = layout.bits < SHORT * layout.state_bits;
+        Search { layout, levels, orders, seams: if short { (MOST_WORK / work).saturating_sub(ROUNDS) } else { 0 } }
     }
 
     /// Room for one thread.
@@ -219,19 +231,53 @@ impl<'a> Search<'a> {
             back: vec![0; self.orders[0].ways],
             values: vec![0.0; dim],
             states: vec![0; dim],
+            best: vec![0; dim],
+            seams: Vec::new(),
         }
     }
 
     /// Leaves the states of the best stream for a row in the room. The seam is where a row is cut to be searched: what
     /// stands there is taken from a search with the seam elsewhere.
     pub fn run(&self, row: &[f32], room: &mut Room) {
-        let mut start = None;
+        let (mut start, mut least) = (None, f32::INFINITY);
         for round in 0..ROUNDS {
-            self.round(&self.orders[round % 2], row, start, room);
+            least = self.round(&self.orders[round % 2], row, start, room);
             let next = &self.orders[(round + 1) % 2];
             let before = next.columns[next.columns.len() - 1];
             start = Some(room.states[before] & self.kept(next));
         }
+        if self.seams > 0 {
+            self.try_seams(row, least, room);
+        }
+    }
+
+    /// Looks for a stream better than the one in the room, whose squared error is `least`, among those with other bits at
+    /// the seam. An open search says how good any stream with these bits can be, and the most promising are tried.
+    fn try_seams(&self, row: &[f32], mut least: f32, room: &mut Room) {
+        let order = &self.orders[1];
+        let kept = self.kept(order);
+        room.best.copy_from_slice(&room.states);
+        self.sweep(order, row, None, room);
+        let mut seams = std::mem::take(&mut room.seams);
+        seams.clear();
+        seams.extend((0..=kept).map(|seam| (f32::INFINITY, seam)));
+        for (state, cost) in room.costs.iter().enumerate() {
+            let bound = &mut seams[state & kept as usize].0;
+            *bound = bound.min(*cost);
+        }
+        seams.sort_by(|a, b| a.0.total_cmp(&b.0).then(a.1.cmp(&b.1)));
+        for (bound, seam) in &seams[..self.seams.min(seams.len())] {
+            if *bound >= least {
+                break;
+            }
+            let found = self.round(order, row, Some(*seam), room);
+            if found < least {
+                least = found;
+                room.best.copy_from_slice(&room.states);
+            }
+        }
+        room.seams = seams;
+        room.states.copy_from_slice(&room.best);
     }
 
     /// The bits of a state that stay in it at the first step.
@@ -239,13 +285,19 @@ impl<'a> Search<'a> {
         (1 << (self.layout.state_bits - order.steps[0].bits)) - 1
     }
 
-    fn round(&self, order: &Order, row: &[f32], start: Option<u32>, room: &mut Room) {
-        let state_bits = self.layout.state_bits;
+    fn sweep(&self, order: &Order, row: &[f32], start: Option<u32>, room: &mut Room) {
         for (value, t) in room.values.iter_mut().zip(&order.columns) {
             *value = row[*t];
         }
-        let sweep = Sweep { state_bits, steps: &order.steps, values: &room.values, levels: self.levels, start };
+        let (state_bits, values) = (self.layout.state_bits, &room.values);
+        let sweep = Sweep { state_bits, steps: &order.steps, values, levels: self.levels, start };
         (kernels::best().sweep)(&sweep, &mut room.costs, &mut room.least, &mut room.back);
+    }
+
+    /// Leaves the best states in the room, and gives their squared error.
+    fn round(&self, order: &Order, row: &[f32], start: Option<u32>, room: &mut Room) -> f32 {
+        let state_bits = self.layout.state_bits;
+        self.sweep(order, row, start, room);
         // The stream has to close: the last state is the one before the first.
         let (from, by) = start.map_or((0, 1), |start| (start, self.kept(order) + 1));
         let (mut state, mut least) = (from, f32::INFINITY);
@@ -263,6 +315,7 @@ impl<'a> Search<'a> {
                 state = u32::from(room.back[back + head as usize]) << (state_bits - step.bits) | head;
             }
         }
+        least
     }
 
     /// Writes the stream of the states that were found to the start of a code, whose bytes are zero.

@@ -240,7 +240,8 @@ impl TrellisQuantizer {
         // Windows that reach far around a short row would mostly see their own bits again. Measured.
         let most = column_bits.iter().copied().max().map_or(1, u32::from);
         let all = column_bits.iter().map(|bits| u32::from(*bits)).sum();
-        let state_bits = self.state_bits.min(2 + 8 * bytes as u32 / 10).max(most).min(all);
+        let useful = (4 + bytes as u32).min(10).max(2 + 8 * bytes as u32 / 10);
+        let state_bits = self.state_bits.min(useful).max(most).min(all);
         let layout = Layout::new(&column_bits, state_bits);
         if trellis::ways(&layout) > MOST_WAYS {
             return Err(Error::OutOfRange {
