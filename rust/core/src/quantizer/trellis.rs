@@ -55,7 +55,9 @@ fn width(rate: f64, state_bits: u32) -> f64 {
     let memory = (f64::from(state_bits) - rate).clamp(0.0, 12.0);
     let (below, share) = (memory as usize, memory.fract());
     let wide = WIDTHS[below] + share * (WIDTHS[(below + 1).min(12)] - WIDTHS[below]);
-    wide * (1.0 - (-2.0 * rate.max(0.05) * std::f64::consts::LN_2).exp()).sqrt()
+    // With less than a bit, streams fall short of what they could be.
+    let sparse = 1.0 - 0.1 * (1.0 - rate).max(0.0);
+    wide * sparse * (1.0 - (-2.0 * rate.max(0.05) * std::f64::consts::LN_2).exp()).sqrt()
 }
 
 /// Bits of each column, fractions too, that sum up to `bits`: those of least error for these variances, as far as a column
