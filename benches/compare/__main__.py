@@ -2,6 +2,7 @@
 
 import argparse
 import os
+from functools import partial
 from pathlib import Path
 
 
@@ -63,8 +64,8 @@ def compare_rates(options: argparse.Namespace) -> None:
             print(f"{name}: not at hand in {datasets.folder()}")
             continue
         kinds = options.kind if options.kind != ["all"] else [kind["name"] for kind in vqrs.kinds()]
-        runs = rates.run_peers(name, x) if options.side == "peers" else rates.run_ours(name, x, kinds)
-        for record in runs:
+        runs = {"peers": rates.run_peers, "ours": partial(rates.run_ours, kinds=kinds), "speeds": rates.run_speeds}
+        for record in runs[options.side](name, x):
             rates.keep(record)
             print(rates.line(record), flush=True)
 
@@ -124,7 +125,7 @@ def main() -> None:
         command.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="threads of every library")
     rates = commands.add_parser("rates", help="error against bytes of all kinds and peers, 0.5 to 8 bits a value")
     rates.add_argument("--dataset", nargs="+", default=["glove", "minilm", "sift", "scifact", "gowalla"])
-    rates.add_argument("--side", choices=["ours", "peers"], default="ours")
+    rates.add_argument("--side", choices=["ours", "peers", "speeds"], default="ours")
     rates.add_argument("--kind", nargs="+", default=["all"], help="of ours")
     rates.add_argument("--threads", type=int, default=1, help="threads of every library")
     rates.set_defaults(do=compare_rates)

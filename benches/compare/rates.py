@@ -25,10 +25,8 @@ RATES = (0.5, 1, 1.25, 1.5, 2, 2.25, 3, 4, 6, 8)
 """Bits a value, everything counted."""
 
 SPEED_RATE = 2
-"""The rate whose fits are timed."""
-
-SPEED_VALUES = 1 << 21
-"""Values that are encoded and decoded to take the time, at most."""
+SPEED_ROWS = 20_000
+"""How fast kinds are is measured at this rate on so many rows."""
 
 PEER_SLACK = 1.025
 TRAIN_ROWS = 65_536
@@ -148,18 +146,50 @@ def _try_ours(kind: str, rate: float, bits: float, x: NDArray[np.float32]) -> di
         "relative_error": table.relative_error,
         "gaussian_bound": table.info()["errors"].get("gaussian_bound"),
     }
-    rows = x[: max(1, SPEED_VALUES // x.shape[1])]
-    for name, job in (
-        ("fit", lambda: Search(x, None, 0, None, None, effort).fit(fitted.candidate)),
-        ("encode", lambda: fitted.codec.encode(rows)),
-        ("decode", lambda: fitted.codec.decode(fitted.codes[: len(rows)])),
-    ):
-        if name == "fit" and rate != SPEED_RATE:
-            continue
-        begin = time.process_time()
-        job()
-        found[f"{name}_cpu_s"] = time.process_time() - begin
-    return found | {"speed_values": rows.size}
+    return found
+
+
+def run_speeds(dataset: str, x: NDArray[np.float32]) -> Iterator[dict[str, Any]]:
+    """One record a kind, with the settings that fill the rate of speeds on some of the rows; one core."""
+    from vqrs._ladders import default_parameters
+
+    done = {key(record) for record in read()}
+    for kind in default_parameters():
+        record = {"dataset": dataset, "library": "vqrs speed", "settings": {"kind": kind, "rate": SPEED_RATE}}
+        if key(record) not in done:
+            rows = x[:SPEED_ROWS]
+            yield record | {"side": "speed", **_about(rows), **_within_time(_time_ours, kind, rows)}
+
+
+def _time_ours(kind: str, x: NDArray[np.float32]) -> dict[str, Any]:
+    from vqrs import _core
+    from vqrs._ladders import BALANCED, families_for
+
+    ladders = [family.ladders[family.start] for family in families_for(None, {}, *x.shape, BALANCED)]
+    fitting = [ladder for ladder in ladders if ladder.kind == kind and ladder.steps_within(SPEED_RATE * x.size // 8)]
+    parameters: dict[str, Any] = {}
+    if fitting and not fitting[0].measured:
+        parameters = fitting[0][fitting[0].steps_within(SPEED_RATE * x.size // 8) - 1].parameters
+    times = [time.process_time()]
+    codec, codes = _core.fit(kind, parameters, x, n_jobs=1)
+    times.append(time.process_time())
+    codec.encode(x, n_jobs=1)
+    times.append(time.process_time())
+    codec.decode(codes, n_jobs=1)
+    times.append(time.process_time())
+    fit, encode, decode = np.diff(times).tolist()
+    again = [time.process_time()]
+    for _ in range(5):
+        codec.decode(codes, n_jobs=1)
+        again.append(time.process_time())
+    return {
+        "parameters": parameters,
+        "relative_error": _core.reconstruction_errors(x, codes, codec)["relative"],
+        "bits_per_value": 8 * _core.Table.from_codec(codec, codes, errors={"relative": 0.0}).nbytes / x.size,
+        "fit_cpu_s": fit,
+        "encode_cpu_s": encode,
+        "decode_cpu_s": min(decode, *np.diff(again).tolist()),
+    }
 
 
 def key(record: dict[str, Any]) -> str:
@@ -223,8 +253,4 @@ def _try_peer(method: Any, x: NDArray[np.float32]) -> dict[str, Any]:
     found = measure(method, x)
     method.value_bytes = 4
     stored = method.nbytes(len(x))
-    return found | {
-        "nbytes_as_stored": stored,
-        "bits_per_value": 8 * found["nbytes"] / x.size,
-        "speed_values": x.size,
-    }
+    return found | {"nbytes_as_stored": stored, "bits_per_value": 8 * found["nbytes"] / x.size}

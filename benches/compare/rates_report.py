@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from .datasets import DATASETS
-from .rates import PEER_SLACK, RATES, SPEED_RATE, best_of, most_bits, read
+from .rates import PEER_SLACK, RATES, best_of, most_bits, read
 
 DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "quantizers.md"
 COMMAND = (
@@ -23,6 +23,9 @@ PEER_NAMES = {
     "RaBitQ": "RaBitQ, {n_bits} bits",
     "Scalar": "SQ {dtype}",
 }
+FILLED = 0.8
+"""A record of less than this share of a rate says nothing about it."""
+
 Record = dict[str, Any]
 
 
@@ -67,7 +70,7 @@ def of_dataset(records: list[Record], dataset: str) -> str:
     lines = []
     for rate in RATES:
         peer, ours = pair(records, dataset, rate)
-        if ours is None:
+        if ours is None or ours["bits_per_value"] < FILLED * rate:
             continue
         bound = ours.get("gaussian_bound")
         lines.append(
@@ -94,36 +97,42 @@ def of_kinds(records: list[Record], dataset: str) -> str:
     lines = []
     for kind in kinds:
         of_kind = [record for record in ours if record["settings"]["kind"] == kind]
-        cells = [best_of(of_kind, dataset, "ours", most_bits(dataset, rate)) for rate in RATES]
-        lines.append([f"`{kind}`", *("" if cell is None else number(cell["relative_error"]) for cell in cells)])
+        cells = [cell_of(best_of(of_kind, dataset, "ours", most_bits(dataset, rate)), rate) for rate in RATES]
+        lines.append([f"`{kind}`", *cells])
     name = f"{dataset} at bits a value of"
     return markdown([name, *(f"{rate:g}" for rate in RATES)], lines)
 
 
+def cell_of(record: Record | None, rate: float) -> str:
+    """The error at a rate; nothing where the bits are far below it."""
+    return number(record["relative_error"]) if record and record["bits_per_value"] >= FILLED * rate else ""
+
+
 def speeds(records: list[Record]) -> str:
-    """Of each kind at one rate on one table: megabytes of float32 a second and a core."""
-    timed = [r for r in records if r["side"] == "ours" and "encode_cpu_s" in r and r["settings"]["rate"] == SPEED_RATE]
-    names = [name for name in datasets(records) if any(record["dataset"] == name for record in timed)]
-    if not names:
+    """Of each kind at one rate on one table: megabytes of float32 and rows a second and a core."""
+    timed = [record for record in records if record["side"] == "speed"]
+    if not timed:
         return ""
     lines = []
-    for record in (record for record in timed if record["dataset"] == names[0]):
-        amount = 4 * record["speed_values"] / 1e6
-        rows = record["speed_values"] / record["n_features"]
+    for record in timed:
+        n_rows, amount = record["n_rows"], 4e-6 * record["n_rows"] * record["n_features"]
+        parameters = {name: value for name, value in record["parameters"].items() if value is not None}
         lines.append(
             [
                 f"`{record['settings']['kind']}`",
-                " ".join(f"{name}={value}" for name, value in record["parameters"].items()),
-                f"{record['fit_cpu_s']:.1f}" if "fit_cpu_s" in record else "",
+                ", ".join(f"{name}={value}" for name, value in parameters.items()) or "the defaults",
+                f"{record['bits_per_value']:.2f}",
+                f"{record['fit_cpu_s']:.1f}",
                 f"{amount / record['encode_cpu_s']:,.1f}",
-                f"{rows / record['encode_cpu_s']:,.0f}",
+                f"{n_rows / record['encode_cpu_s']:,.0f}",
                 f"{amount / record['decode_cpu_s']:,.0f}",
-                f"{rows / record['decode_cpu_s']:,.0f}",
+                f"{n_rows / record['decode_cpu_s']:,.0f}",
             ]
         )
-    head = ["kind", f"parameters at {SPEED_RATE} bits", "fit, s", "encode, MB/s", "rows/s", "decode, MB/s", "rows/s"]
-    machine = timed[0]["machine"]
-    return f"{DATASETS[names[0]].about}, {machine}:\n\n{markdown(head, lines)}"
+    head = ["kind", "parameters", "bits a value", "fit, s", "encode, MB/s", "rows/s", "decode, MB/s", "rows/s"]
+    first = timed[0]
+    rows = f"The first {first['n_rows']:,} rows of {DATASETS[first['dataset']].about}, {first['machine']}"
+    return f"{rows}:\n\n{markdown(head, lines)}"
 
 
 def peer_name(record: Record) -> str:
@@ -170,7 +179,12 @@ def summary(records: list[Record]) -> str:
     lines = []
     for name in datasets(records):
         pairs = [pair(records, name, rate) for rate in RATES]
-        ratios = [ours["relative_error"] / peer["relative_error"] for peer, ours in pairs if ours and peer]
+        filled = [
+            (peer, ours)
+            for (peer, ours), rate in zip(pairs, RATES, strict=True)
+            if ours and cell_of(ours, rate) and peer
+        ]
+        ratios = [ours["relative_error"] / peer["relative_error"] for peer, ours in filled]
         lines.append(f"{name}: {statistics.geometric_mean(ratios):.2f}")
     return ", ".join(lines)
 
