@@ -2,6 +2,7 @@
 
 import re
 import statistics
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,9 @@ PEER_NAMES = {
     "RaBitQ": "RaBitQ, {n_bits} bits",
     "Scalar": "SQ {dtype}",
 }
+COMPLETE = 20
+"""Data sets with fewer records of a side are left out: what is missing there would look like a result."""
+
 FILLED = 0.8
 """A record of less than this share of a rate says nothing about it."""
 
@@ -52,9 +56,9 @@ def tables(records: list[Record]) -> dict[str, str]:
 
 
 def datasets(records: list[Record]) -> list[str]:
-    """Those of both sides, in the order of the list of data sets."""
-    sides = [{record["dataset"] for record in records if record["side"] == side} for side in ("ours", "peer")]
-    return [name for name in DATASETS if all(name in of for of in sides)]
+    """Those that were run to the end, in the order of the list of data sets."""
+    count = Counter((record["dataset"], record["side"]) for record in records)
+    return [name for name in DATASETS if min(count[name, "ours"], count[name, "peer"]) >= COMPLETE]
 
 
 def pair(records: list[Record], dataset: str, rate: float) -> tuple[Record | None, Record | None]:
