@@ -27,9 +27,9 @@ impl Default for DeduplicatingQuantizer {
 }
 
 /// Tables of hashes, and hashes that a row shares with another one in a table. Two rows that differ by independent numbers
-/// inside the tolerance share one table with a probability of 0.7 at least, and all of them miss with one of 10^-8.
-const BANDS: usize = 16;
-const HASHES: usize = 2;
+/// inside the tolerance share one table with a probability of 0.6 at least, and all of them miss with one of 10^-8.
+const BANDS: usize = 20;
+const HASHES: usize = 4;
 
 /// Width of a hash's buckets, in tolerances times the root of the columns.
 const BUCKET: f64 = 4.0;
@@ -205,12 +205,15 @@ impl Quantizer for DeduplicatingQuantizer {
         }
         let bits = books.bits();
         Ok(Box::new(move |rows: Matrix, codes: &mut [u8]| {
+            let found: Vec<Option<u32>> =
+                (0..rows.rows()).map(|at| rows.row(at)).map(|row| keeper.find(row, &key(row))).collect();
             // Rows that none of those kept is equal to take the nearest one.
-            nearest(rows, codes)?;
+            if found.iter().any(Option::is_none) {
+                nearest(rows, codes)?;
+            }
             let bytes = codes.len() / rows.rows().max(1);
-            for (at, code) in codes.chunks_mut(bytes.max(1)).enumerate() {
-                let row = rows.row(at);
-                if let Some(found) = keeper.find(row, &key(row)) {
+            for (found, code) in found.into_iter().zip(codes.chunks_mut(bytes.max(1))) {
+                if let Some(found) = found {
                     bits::pack(std::iter::once(found), bits, code);
                 }
             }
