@@ -202,3 +202,40 @@ def test_wrong_parameters_are_named(x, parameters, message):
 def test_a_budget_that_nothing_reaches_warns(x):
     with pytest.warns(ConvergenceWarning, match="no quantizer reaches"):
         MixedPrecisionQuantizer(quantizers(), n_bits=0.05).fit(x[:500])
+
+
+def test_groups_by_weight_need_weights(x, weight):
+    mixed = MixedPrecisionQuantizer(quantizers(), n_bits=4.0, random_state=0).fit(x, sample_weight=weight)
+    with pytest.raises(ValueError, match="sample_weight is needed"):
+        mixed.compress(x)
+    with pytest.raises(TypeError, match="iterator"):
+        mixed.compress(iter([x]), sample_weight=weight)
+
+
+def test_compress_takes_it_with_a_budget(x, weight):
+    table = vqrs.compress(
+        x, ratio=9, method=MixedPrecisionQuantizer(quantizers()), sample_weight=weight, random_state=0
+    )
+    assert table.kind == "mixed"
+    assert table.ratio >= 9
+    with pytest.raises(ValueError, match="max_error"):
+        vqrs.compress(x, max_error=0.1, method=MixedPrecisionQuantizer(quantizers()), sample_weight=weight)
+
+
+@pytest.mark.parametrize("outside", [{"form": "linear", "mean": False, "rotation": {"kind": "none"}}, {"form": "join"}])
+def test_groups_stand_in_no_other_decoder(table, outside):
+    about = json.loads(table._core.info())
+    inner = about["decoder"]
+    prefix = "inner." if outside["form"] == "linear" else "parts.0."
+    nested = {"inner": inner} if outside["form"] == "linear" else {"mode": "sum", "parts": [inner]}
+    about["decoder"] = {**outside, "dim": DIM, **nested}
+    tensors = {prefix + name: tensor for name, tensor in table._core.tensors().items()}
+    with pytest.raises(ValueError, match="rows stand apart"):
+        _core.Table.from_parts(json.dumps(about), tensors, table.codes, errors={"relative": 0.0})
+
+
+def test_the_better_of_two_of_equal_bytes_is_taken(x):
+    coarse, fine = ProductQuantizer(8, 6, max_iter=1, random_state=0), ProductQuantizer(8, 6, random_state=0)
+    for pair in ([coarse, fine], [fine, coarse]):
+        mixed = MixedPrecisionQuantizer(pair, n_bits=6.0, by="norm", random_state=0).fit(x)
+        assert all(quantizer.max_iter == 25 for quantizer, _ in mixed.groups_)

@@ -367,6 +367,8 @@ class Quantizer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Estimator):
 
     def _read_front(self, codec: _core.Codec) -> tuple[str, dict[str, NDArray[Any]]]:
         """Sets ``mean_`` and ``components_`` where rows are centred or turned by a matrix; form and tensors behind."""
+        for name in ("mean_", "components_"):
+            self.__dict__.pop(name, None)  # of a fit with other parameters
         description, tensors = json.loads(codec.description()), codec.tensors()
         if description["form"] == "join":
             description, tensors = description["parts"][0], _inner(tensors, "parts.0.")

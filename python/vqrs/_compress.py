@@ -127,8 +127,15 @@ def compress(
             "to its compress(blocks, path=...)"
         )
     rows = x if is_sliceable(x) else as_matrix(x, "x")
-    kind, parameters, random_state = read_method(method, parameters, random_state)
     n_rows, dim = (int(size) for size in rows.shape)
+    if hasattr(method, "_compress_within"):
+        # Groups of rows share one budget out among themselves.
+        goal = _read_goal(ratio, nbytes, max_error, 4 * n_rows * dim, has_method=True)
+        if goal.max_error is not None or parameters:
+            raise ValueError("max_error and parameters cannot be combined with groups of rows: pass ratio or nbytes")
+        extra = {"names": names, "metadata": metadata, "path": path, "durable": durable}
+        return method._compress_within(rows, goal.nbytes, sample_weight, random_state, n_jobs, **extra)
+    kind, parameters, random_state = read_method(method, parameters, random_state)
     goal = _read_goal(ratio, nbytes, max_error, 4 * n_rows * dim, kind is not None)
     trying = read_effort(effort)
     with printed_progress("vqrs.compress", int(progress is True)) as line:

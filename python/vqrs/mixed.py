@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from numbers import Real
 from os import PathLike
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -97,6 +98,8 @@ class MixedPrecisionQuantizer(Quantizer):
     ----------
     groups_ : list of (quantizer, n_rows)
         The fitted quantizers, from the most important rows on, with the number of fitted rows that got them.
+    by_ : str
+        What the rows were grouped by.
     thresholds_ : ndarray of shape (n_groups - 1,), float64
         Least importance of the rows of each group but the last.
     row_bytes_ : int
@@ -154,6 +157,7 @@ class MixedPrecisionQuantizer(Quantizer):
         x = self._read_rows(X, reset=True)
         weights = as_weights(sample_weight, len(x))
         self._check_parameters()
+        self.by_ = self.by if self.by != "auto" else "norm" if weights is None else "sample_weight"
         order, importance = self._importance(x, weights)
         with self._progress(x, {"sample_weight": sample_weight}):
             classes = _classes(importance)
@@ -177,18 +181,22 @@ class MixedPrecisionQuantizer(Quantizer):
         return self.transform(x)
 
     def _check_parameters(self) -> None:
-        if not 0 < self.n_bits <= 32:
+        if not isinstance(self.n_bits, Real) or not 0 < self.n_bits <= 32:
             raise ValueError(f"n_bits={self.n_bits!r} must be a number above 0, at most 32")
         if self.by not in ("auto", "sample_weight", "norm", "importance"):
             raise ValueError(f"by={self.by!r} must be 'auto', 'sample_weight', 'norm' or 'importance'")
-        if self.quantizers is not None and not self.quantizers:
+        if self.quantizers is None:
+            return
+        if not isinstance(self.quantizers, Sequence) or not all(isinstance(q, Quantizer) for q in self.quantizers):
+            raise TypeError(f"quantizers must be a list of quantizers or None, not {self.quantizers!r}")
+        if not self.quantizers:
             raise ValueError("quantizers is empty: pass at least one quantizer, or None for those of this version")
 
     def _importance(
         self, x: NDArray[np.float32], weights: NDArray[np.float64] | None
     ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
         """Rows from the most important one on (equals as they come), and the importance of each in this order."""
-        by = self.by if self.by != "auto" else "norm" if weights is None else "sample_weight"
+        by = self.by_
         weight = np.ones(len(x)) if weights is None else weights
         energy = np.einsum("ij,ij->i", x, x, dtype=np.float64) if by != "sample_weight" else np.ones(1)
         importance = {"sample_weight": weight, "norm": np.sqrt(energy), "importance": weight * energy}[by]
@@ -222,7 +230,7 @@ class MixedPrecisionQuantizer(Quantizer):
             weight *= weights[rows]
         sample = np.ascontiguousarray(x[rows])
         borders = np.cumsum([0, *map(len, drawn)])[:-1]
-        found = {}
+        found: dict[int, _Option] = {}
         for number, quantizer in enumerate(self.quantizers or _usual_quantizers()):
             own = clone(quantizer).set_params(random_state=(seed + number) % 2**32, n_jobs=self.n_jobs)
             with warnings.catch_warnings():
@@ -231,7 +239,10 @@ class MixedPrecisionQuantizer(Quantizer):
             row_errors = weight * _squared_errors(sample, fitted.inverse_transform(fitted.transform(sample)))
             table_bytes = sum(tensor.nbytes for tensor in fitted._codec.tensors().values())
             errors = np.add.reduceat(row_errors, borders)
-            found[fitted.row_bytes_] = _Option(own, fitted.row_bytes_, table_bytes, errors)
+            option = _Option(own, fitted.row_bytes_, table_bytes, errors)
+            # Of two that take as many bytes a row, the better one.
+            if option.row_bytes not in found or errors.sum() < found[option.row_bytes].errors.sum():
+                found[option.row_bytes] = option
         return [found[row_bytes] for row_bytes in sorted(found)]
 
     def _share_out(
@@ -278,6 +289,28 @@ class MixedPrecisionQuantizer(Quantizer):
         self._set_codec(widest._codec)
         self.n_iter_ = max(quantizer.n_iter_ for quantizer, _ in groups)
         self.relative_error_ = error / energy if error else 0.0
+
+    def _compress_within(
+        self,
+        x: Any,
+        nbytes: int | None,
+        sample_weight: ArrayLike | None,
+        random_state: Any,
+        n_jobs: int | None,
+        **table: Any,
+    ) -> Table:
+        """What ``vqrs.compress`` does with this quantizer: fits a copy to the budget, or as given."""
+        own = clone(self)
+        if nbytes is not None:
+            own.set_params(n_bits=8 * nbytes / (x.shape[0] * x.shape[1]))
+        if random_state is not None:
+            own.set_params(random_state=random_state)
+        if n_jobs is not None:
+            own.set_params(n_jobs=n_jobs)
+        made = own.fit(x, sample_weight=sample_weight).compress(x, sample_weight=sample_weight, **table)
+        if nbytes is not None and made.nbytes > nbytes:
+            raise ValueError(f"{nbytes} bytes are too few for any of the quantizers: the least is {made.nbytes} bytes")
+        return made
 
     def estimate(self, n_rows: int, n_features: int) -> int:
         """Most bytes of the table's file for so many rows: the budget.
@@ -336,8 +369,12 @@ class MixedPrecisionQuantizer(Quantizer):
         from vqrs.table import Table, open
 
         check_is_fitted(self)
+        if isinstance(X, Iterator):
+            raise TypeError("X is an iterator: the groups' rows are needed together, pass an array or a memory map")
         x = self._read_rows(X, reset=False)
         weights = as_weights(sample_weight, len(x))
+        if weights is None and self.by_ != "norm":
+            raise ValueError(f"sample_weight is needed: the groups were made by {self.by_!r} of the rows in fit")
         order, importance = self._importance(x, weights)
         # Thresholds fall: a row belongs to the first group whose least importance it reaches.
         group_of = np.empty(len(x), np.uint8)

@@ -671,16 +671,16 @@ def _inner(tensors: Tensors, prefix: str) -> Tensors:
 
 
 def _turn_back(rows: NDArray[np.float32], seed: int, rounds: int) -> NDArray[np.float32]:
-    """Rounds of signs, then Walsh-Hadamard of the first and of the last 2**k columns; undone from the last one on."""
+    """Signs, then Walsh-Hadamard, of the first and of the last 2**k columns in turns; undone from the last one on."""
     dim = rows.shape[1]
     size = 1 << (dim.bit_length() - 1)
-    signs = np.array([random_sign(seed, place) for place in range(rounds * dim)], np.float32)
+    passes = rounds if size == dim else 2 * rounds
+    signs = np.array([random_sign(seed, place) for place in range(passes * dim)], np.float32).reshape(passes, dim)
     rows = rows.copy()
-    for round_signs in signs.reshape(rounds, dim)[::-1]:
-        if size < dim:
-            rows[:, dim - size :] = _hadamard(rows[:, dim - size :])
-        rows[:, :size] = _hadamard(rows[:, :size])
-        rows *= round_signs
+    for number in reversed(range(passes)):
+        start = dim - size if number % 2 else 0
+        rows[:, start : start + size] = _hadamard(rows[:, start : start + size])
+        rows *= signs[number]
     return rows
 
 

@@ -34,6 +34,7 @@ TABLES = {
     "levels-free4-v1": ("scalar", {"dtype": "free4"}),
     "levels-table3-v1": ("rotated", {"n_bits": 3, "center": False, "rotation": None}),
     "linear-hadamard-table2-v1": ("rotated", {"n_bits": 2}),
+    "linear-matrix-int8-v1": ("low-rank", {"n_components": 3, "rotation_dtype": "int8"}),
     "sparse-columns-float16-v1": ("sparse", {"density": 0.2}),
     "sparse-bitmap-int8-v1": ("sparse", {"density": 0.6, "dtype": "int8"}),
     "join-sum-v1": ("scalar", {"dtype": "int2", "residual": {"kind": "scalar", "parameters": {"dtype": "int4"}}}),

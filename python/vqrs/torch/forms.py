@@ -632,18 +632,20 @@ def _held_name(name: str) -> str:
 
 
 @functools.cache
-def _signs(dim: int, seed: int, rounds: int) -> Tensor:
-    return torch.tensor([[random_sign(seed, turn * dim + place) for place in range(dim)] for turn in range(rounds)])
+def _signs(dim: int, seed: int, passes: int) -> Tensor:
+    return torch.tensor([[random_sign(seed, turn * dim + place) for place in range(dim)] for turn in range(passes)])
 
 
 def _turn_back(rows: Tensor, seed: int, rounds: int) -> Tensor:
-    """Rounds of signs, then Walsh-Hadamard of the first and of the last 2**k columns; undone from the last one on."""
+    """Signs, then Walsh-Hadamard, of the first and of the last 2**k columns in turns; undone from the last one on."""
     dim = rows.shape[1]
     size = 1 << (dim.bit_length() - 1)
-    for signs in _signs(dim, seed, rounds).to(rows).flip(0):
-        if size < dim:
-            rows = torch.cat([rows[:, : dim - size], _hadamard(rows[:, dim - size :])], 1)
-        rows = torch.cat([_hadamard(rows[:, :size]), rows[:, size:]], 1) * signs
+    passes = rounds if size == dim else 2 * rounds
+    signs = _signs(dim, seed, passes).to(rows)
+    for number in reversed(range(passes)):
+        start = dim - size if number % 2 else 0
+        turned = _hadamard(rows[:, start : start + size])
+        rows = torch.cat([rows[:, :start], turned, rows[:, start + size :]], 1) * signs[number]
     return rows
 
 

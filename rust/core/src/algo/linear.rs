@@ -2,7 +2,7 @@
 //! without a library of it: matrices here have as many columns as embeddings.
 
 use super::nearest::{interleave, Columns};
-use crate::error::Result;
+use crate::error::{zeros, Error, Result};
 use crate::kernels::{self, Kernels, Products};
 use crate::matrix::{Matrix, Sample};
 use crate::pool::Context;
@@ -59,7 +59,7 @@ impl Projection {
 
     /// The products of all rows, on all threads.
     pub fn apply_all(&self, rows: Columns, ctx: &Context) -> Result<Vec<f32>> {
-        let mut out = crate::error::zeros("products of rows", rows.rows().checked_mul(self.count))?;
+        let mut out = zeros("products of rows", rows.rows().checked_mul(self.count))?;
         ctx.chunks(&mut out, BLOCK_ROWS * self.count, |block, out| {
             let start = block * BLOCK_ROWS;
             self.apply(rows.block(start..start + out.len() / self.count), out);
@@ -70,8 +70,8 @@ impl Projection {
 }
 
 /// A random rotation that costs a few additions a value and is made from its seed alone: rounds of random signs and
-/// Walsh-Hadamard transforms (Ailon and Chazelle, 2009), of the first and of the last 2^k columns where the number of
-/// columns is no power of two.
+/// Walsh-Hadamard transforms (Ailon and Chazelle, 2009), in turns of the first and of the last 2^k columns where the number
+/// of columns is no power of two.
 #[derive(Clone, Debug)]
 pub struct Hadamard {
     dim: usize,
@@ -86,28 +86,33 @@ impl Hadamard {
         let size = 1 << dim.ilog2();
         let sign = |place: usize| if mix(seed.wrapping_add(place as u64)) >> 63 == 0 { 1.0 } else { -1.0 };
         let factor = (1.0 / (size as f64).sqrt()) as f32;
-        Hadamard { dim, size, signs: (0..rounds * dim).map(sign).collect(), factor }
+        let passes = if size < dim { 2 * rounds } else { rounds };
+        Hadamard { dim, size, signs: (0..passes * dim).map(sign).collect(), factor }
     }
 
     /// Turns a row.
     pub fn turn(&self, row: &mut [f32]) {
-        for signs in self.signs.chunks(self.dim) {
+        for (pass, signs) in self.signs.chunks(self.dim).enumerate() {
             row.iter_mut().zip(signs).for_each(|(value, sign)| *value *= sign);
-            self.transform(&mut row[..self.size]);
-            if self.size < self.dim {
-                self.transform(&mut row[self.dim - self.size..]);
-            }
+            self.transform(&mut row[self.start(pass)..][..self.size]);
         }
     }
 
     /// Turns a row back.
     pub fn turn_back(&self, row: &mut [f32]) {
-        for signs in self.signs.chunks(self.dim).rev() {
-            if self.size < self.dim {
-                self.transform(&mut row[self.dim - self.size..]);
-            }
-            self.transform(&mut row[..self.size]);
+        for (pass, signs) in self.signs.chunks(self.dim).enumerate().rev() {
+            self.transform(&mut row[self.start(pass)..][..self.size]);
             row.iter_mut().zip(signs).for_each(|(value, sign)| *value *= sign);
+        }
+    }
+
+    /// The first columns and the last ones take turns. Signs stand before both: without them the second transform would
+    /// nearly undo the first where 2^k is a little less than the number of columns.
+    fn start(&self, pass: usize) -> usize {
+        if pass % 2 == 0 {
+            0
+        } else {
+            self.dim - self.size
         }
     }
 
@@ -140,28 +145,49 @@ pub fn mean(data: Sample, ctx: &Context) -> Result<Vec<f32>> {
 
 /// Weighted second moments of the rows, `dim` x `dim`, over the sum of the weights.
 pub fn second_moments(data: Sample, ctx: &Context) -> Result<Vec<f64>> {
-    let weight = |row: usize| data.weights.map_or(1.0, |w| w[row]);
-    let total: f64 = (0..data.len()).map(weight).sum();
     let mut moments = cross_moments(data.rows.into(), data.rows.into(), data.weights, ctx)?;
+    let total = data.weights.map_or(data.len() as f64, |w| w.iter().map(|weight| weight / unit(w)).sum());
     moments.iter_mut().for_each(|value| *value /= total);
     Ok(moments)
 }
 
-/// Sums over rows of weight · xᵢ · yⱼ: products of columns, `x.width()` x `y.width()`.
+/// A power of two near the largest weight: weights over it fit float32, whatever their size.
+fn unit(weights: &[f64]) -> f64 {
+    let largest = weights.iter().fold(f64::MIN_POSITIVE, |m, weight| m.max(*weight));
+    f64::from_bits(largest.to_bits() & 0x7ff0_0000_0000_0000)
+}
+
+/// Columns of rotations that are computed: their matrices of float64 take 512 MiB.
+pub const MOST_COLUMNS: usize = 8192;
+
+/// Refuses matrices that would take too long, or more memory than there is.
+pub fn check_columns(dim: usize) -> Result<()> {
+    if dim > MOST_COLUMNS {
+        let allowed = format!("\"random\" and None alone are for rows of more than {MOST_COLUMNS} columns");
+        return Err(Error::parameter("rotation", format!("for {dim} columns"), allowed));
+    }
+    Ok(())
+}
+
+/// Sums over rows of weight · xᵢ · yⱼ: products of columns, `x.width()` x `y.width()`; weights count over the power of
+/// two below the largest.
 pub fn cross_moments(x: Columns, y: Columns, weights: Option<&[f64]>, ctx: &Context) -> Result<Vec<f64>> {
-    /// Rows whose products are added in float32, and blocks that one task adds in float64.
+    /// Rows whose products are added in float32, and tasks that each add blocks of them in float64.
     const ROWS: usize = 1024;
     const TASKS: usize = 16;
+    /// Values that all tasks hold at most.
+    const VALUES: usize = 1 << 26;
     let (width, others) = (x.width(), y.width());
     let blocks = x.rows().div_ceil(ROWS);
-    let tasks = blocks.min(TASKS);
+    let tasks = blocks.min(TASKS).min(VALUES / (width * others)).max(1);
+    let unit = weights.map_or(1.0, unit);
     let parts = ctx.map(tasks, |task| {
-        let mut sums = vec![0f64; width * others];
-        let mut products = vec![0f32; width * others];
+        let mut sums: Vec<f64> = zeros("products of columns", width.checked_mul(others))?;
+        let mut products: Vec<f32> = zeros("products of columns", width.checked_mul(others))?;
         for block in (task..blocks).step_by(tasks) {
             ctx.check()?;
             let rows = block * ROWS..x.rows().min((block + 1) * ROWS);
-            let left = transposed(x.block(rows.clone()), weights.map(|w| &w[rows.clone()]));
+            let left = transposed(x.block(rows.clone()), weights.map(|w| &w[rows.clone()]), unit);
             let right = Projection::of_columns(y.block(rows.clone()));
             right.apply(Columns::contiguous(&left, rows.len()), &mut products);
             sums.iter_mut().zip(&products).for_each(|(sum, value)| *sum += f64::from(*value));
@@ -175,8 +201,8 @@ pub fn cross_moments(x: Columns, y: Columns, weights: Option<&[f64]>, ctx: &Cont
     Ok(sums)
 }
 
-/// Columns one after the other, each value times its row's weight.
-fn transposed(x: Columns, weights: Option<&[f64]>) -> Vec<f32> {
+/// Columns one after the other, each value times its row's weight over `unit`.
+fn transposed(x: Columns, weights: Option<&[f64]>, unit: f64) -> Vec<f32> {
     /// Rows and columns that are turned over together: their cache lines are read and written whole.
     const TILE: usize = 16;
     let count = x.rows();
@@ -185,7 +211,7 @@ fn transposed(x: Columns, weights: Option<&[f64]>) -> Vec<f32> {
         for start in (0..x.width()).step_by(TILE) {
             let end = x.width().min(start + TILE);
             for row in first..count.min(first + TILE) {
-                let weight = weights.map_or(1.0, |w| w[row] as f32);
+                let weight = weights.map_or(1.0, |w| (w[row] / unit) as f32);
                 for (column, value) in (start..end).zip(&x.row(row)[start..end]) {
                     out[column * count + row] = value * weight;
                 }
@@ -197,7 +223,7 @@ fn transposed(x: Columns, weights: Option<&[f64]>) -> Vec<f32> {
 
 /// `rows` x `columns` to `columns` x `rows`.
 pub fn transpose(matrix: &[f32], columns: usize) -> Vec<f32> {
-    transposed(Columns::contiguous(matrix, columns), None)
+    transposed(Columns::contiguous(matrix, columns), None, 1.0)
 }
 
 /// Eigenvalues of a symmetric matrix, the largest first, and their eigenvectors, one a row.
@@ -518,7 +544,7 @@ mod tests {
 
     #[test]
     fn hadamard_turns_there_and_back_and_mixes() {
-        for dim in [1, 2, 3, 100, 128, 300] {
+        for dim in [1, 2, 3, 100, 128, 129, 257, 300, 520, 1025] {
             let rotation = Hadamard::new(dim, 7, 3);
             let x = normal(1, dim, 1);
             let mut y = x.clone();

@@ -7,6 +7,7 @@
 
 use crate::kernels::{self, Place, Step, Sweep, SWEEP_PADDING};
 use crate::rng::mix;
+use std::sync::{Arc, OnceLock};
 
 /// Most bits of a window.
 pub const MOST_STATE_BITS: u32 = 16;
@@ -147,8 +148,12 @@ impl Layout {
     }
 
     /// All tables, one after the other.
-    pub fn levels(&self) -> Vec<f32> {
-        (0..self.tables).flat_map(|table| levels(self.state_bits, table)).collect()
+    pub fn levels(&self) -> Arc<[f32]> {
+        /// One for each number of state bits and of tables: decoders share them.
+        static FOUND: [[OnceLock<Arc<[f32]>>; TABLES + 1]; MOST_STATE_BITS as usize + 1] =
+            [const { [const { OnceLock::new() }; TABLES + 1] }; MOST_STATE_BITS as usize + 1];
+        let make = || (0..self.tables).flat_map(|table| levels(self.state_bits, table)).collect();
+        FOUND[self.state_bits as usize][self.tables].get_or_init(make).clone()
     }
 }
 

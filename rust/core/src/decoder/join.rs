@@ -64,6 +64,9 @@ impl Join {
         for (at, part) in spec.parts.iter().enumerate() {
             parts.push(Decoder::from_parts(part, &inner_tensors(tensors, &prefix(at)))?);
         }
+        if let Some(part) = parts.iter().find(|part| !part.rows_apart()) {
+            return bad(format!("the form {} inside", part.form()), "decoders whose rows stand apart");
+        }
         let agrees = match spec.mode {
             Joining::Columns => parts.iter().map(Decoder::dim).sum::<usize>() == spec.dim,
             Joining::Sum => parts.iter().all(|part| part.dim() == spec.dim),

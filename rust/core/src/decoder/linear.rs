@@ -77,7 +77,7 @@ enum Turn {
 const BLOCK_ROWS: usize = 64;
 
 /// Most rounds of random signs.
-const MOST_ROUNDS: usize = 16;
+const MOST_ROUNDS: usize = 4;
 
 impl LinearMap {
     /// A map of rows of `dim` columns; `matrix` holds the rows of a rotation that is stored.
@@ -107,7 +107,7 @@ impl LinearMap {
             }
             _ if width != dim => return bad(format!("{width} inner columns for {dim}"), "as many, or a matrix"),
             Rotation::Hadamard { rounds, .. } if *rounds == 0 || *rounds > MOST_ROUNDS => {
-                return bad(format!("{rounds} rounds"), "1 to 16 rounds");
+                return bad(format!("{rounds} rounds"), "1 to 4 rounds");
             }
             _ => {}
         }
@@ -213,6 +213,9 @@ impl Linear {
             return bad(format!("dim {}", spec.dim), "1 to 16777216 columns");
         }
         let inner = Decoder::from_parts(&spec.inner, &inner_tensors(tensors, "inner."))?;
+        if !inner.rows_apart() {
+            return bad(format!("the form {} inside", inner.form()), "a decoder whose rows stand apart");
+        }
         let map = LinearMap::from_tensors(spec.dim, inner.dim(), spec.mean, spec.rotation, tensors)?;
         if tensors.len() != inner.tensors().len() + map.tensors().count() {
             return bad(format!("{} tensors", tensors.len()), "those of the inner decoder, the mean and the rotation");

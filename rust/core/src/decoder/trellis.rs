@@ -95,7 +95,7 @@ impl Trellis {
         let columns = take(tensors, "columns", Some(Dtype::F32), &[spec.dim])?.clone();
         let scales = take(tensors, "scales", Some(Dtype::F32), &[spec.scales])?.clone();
         let layout = Layout::new(&spec.column_bits()?, spec.state_bits);
-        let levels = layout.levels().into();
+        let levels = layout.levels();
         Ok(Trellis { spec, columns, scales, layout: Arc::new(layout), levels })
     }
 

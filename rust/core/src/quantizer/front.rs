@@ -103,6 +103,14 @@ impl<Q: Quantizer> Fronted<Q> {
         !self.front.center && self.rotation().is_none()
     }
 
+    /// A matrix of very many columns is refused, a rotation that is not stored is not.
+    fn check_columns(&self, dim: usize) -> Result<()> {
+        match self.rotation() {
+            Some(Turning::Dense | Turning::Pca | Turning::Learned) => linear::check_columns(dim),
+            _ => Ok(()),
+        }
+    }
+
     fn stored(&self) -> Rotation {
         Rotation::Matrix { dtype: self.front.rotation_dtype }
     }
@@ -110,6 +118,7 @@ impl<Q: Quantizer> Fronted<Q> {
     /// The map of these rows.
     fn map(&self, data: Sample, ctx: &Context) -> Result<LinearMap> {
         let dim = data.dim();
+        self.check_columns(dim)?;
         let mean = if self.front.center { Some(linear::mean(data, ctx)?) } else { None };
         let mean = mean.as_deref();
         let (rotation, matrix) = match self.rotation() {
@@ -140,6 +149,7 @@ impl<Q: Quantizer> Fronted<Q> {
 
     /// The map of rows that are not there yet.
     fn blank_map(&self, dim: usize) -> Result<LinearMap> {
+        self.check_columns(dim)?;
         let mean = vec![0f32; dim];
         let mean = self.front.center.then_some(&mean[..]);
         let (rotation, width) = match self.rotation() {

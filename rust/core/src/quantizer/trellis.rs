@@ -353,11 +353,11 @@ impl Quantizer for TrellisQuantizer {
         self.fit_bytes(data, self.row_bytes(dim).min(data.dim()), ctx)
     }
 
-    fn encoder<'a>(&'a self, decoder: &'a Decoder, _: &Context) -> Result<Encoder<'a>> {
+    fn encoder<'a>(&'a self, decoder: &'a Decoder, ctx: &Context) -> Result<Encoder<'a>> {
         let Decoder::Trellis(trellis) = decoder else {
             return Err(Error::shape("the decoder", decoder.form(), "the form trellis"));
         };
-        Ok(Coder::new(trellis).encoder())
+        Ok(Coder::new(trellis).encoder(ctx.clone()))
     }
 
     fn usual_rotation(&self) -> Option<Turning> {
@@ -418,12 +418,13 @@ impl<'a> Coder<'a> {
         (0..self.trellis.scales().len()).min_by(|a, b| far(a).total_cmp(&far(b))).unwrap_or(0)
     }
 
-    fn encoder(self) -> Encoder<'a> {
+    fn encoder(self, ctx: Context) -> Encoder<'a> {
         Box::new(move |rows: Matrix, codes: &mut [u8]| {
             let mut room = self.search.room();
             let mut values = vec![0f32; rows.dim()];
             let bytes = codes.len() / rows.rows();
             for (row, code) in codes.chunks_mut(bytes).enumerate() {
+                ctx.check()?;
                 self.encode(rows.row(row), &mut values, &mut room, code);
             }
             Ok(())

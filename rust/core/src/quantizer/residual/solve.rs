@@ -65,6 +65,9 @@ impl Stages {
     }
 }
 
+/// Entries may be so many times as large as the largest value of their column.
+const FARTHEST: f32 = 4.0;
+
 /// Least squares for a slice of columns: min over the codebooks C of sum_i w_i |x_i - sum_m C_m[a_im]|^2.
 struct Solver<'a> {
     stages: &'a Stages,
@@ -151,11 +154,20 @@ impl Solver<'_> {
             }
             slope = next;
         }
-        // Columns whose error did not fall, by rounding alone, keep the entries that they started from.
+        // Columns whose error did not fall, by rounding alone, keep the entries that they started from. So do columns whose
+        // entries left the data far behind, which only their differences would make up for: where stages repeat each
+        // other nothing else holds their sizes.
         let (_, after) = self.pass(&centers, true, ctx)?;
+        let mut limit = [0f32; COLUMNS];
+        for row in 0..self.weights.len() {
+            let row = self.slice(self.data.rows.row(row));
+            (0..COLUMNS).for_each(|t| limit[t] = limit[t].max(FARTHEST * row[t].abs()));
+        }
+        let near = |t: usize| centers.iter().all(|center| center[t].abs() <= limit[t]);
+        let kept: [bool; COLUMNS] = std::array::from_fn(|t| after[t] <= before[t] && near(t));
         for (center, start) in centers.iter_mut().zip(&start) {
             for t in 0..COLUMNS {
-                if !(after[t] <= before[t] && center[t].is_finite()) {
+                if !kept[t] {
                     center[t] = start[t];
                 }
             }
