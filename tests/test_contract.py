@@ -131,6 +131,7 @@ EXEMPT = [
     ("permutation", "optimized-product", {}, "rows to learn from are drawn by their position"),
     ("permutation", "low-rank", {}, "sums over rows in another order give other last bits of the components"),
     ("fixed point", "low-rank", {}, "turning there and back rounds"),
+    ("fixed point", "optimized-product", {}, "turning there and back rounds"),
     ("doubling", "low-rank", {"granularity": "row"}, "scales that live in rows are no tensors"),
     ("reference", "trellis", {}, "the scale of a row is part of the search: see test_trellis.py"),
     ("permutation", "trellis", {}, "the variances of columns are summed in the order of the rows"),

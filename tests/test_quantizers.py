@@ -572,11 +572,11 @@ def test_the_row_sample_does_not_depend_on_the_blocks(size):
     for block in blocks(numbers, size):
         sample.add(block)
     assert sample.n_seen == 60_000
-    assert len(sample._rows) == SAMPLE_ROWS
-    np.testing.assert_array_equal(sample._rows, whole._rows)
-    assert np.all(np.diff(sample._rows[:, 0]) > 0)
+    assert len(sample.rows) == SAMPLE_ROWS
+    np.testing.assert_array_equal(sample.rows, whole.rows)
+    assert np.all(np.diff(sample.rows[:, 0]) > 0)
     # A uniform sample: the mean of 16,384 of 60,000 numbers.
-    assert sample._rows.mean() == pytest.approx(30_000, rel=0.02)
+    assert sample.rows.mean() == pytest.approx(30_000, rel=0.02)
 
 
 def test_the_modules_below_the_estimators_do_not_need_scikit_learn(monkeypatch):

@@ -253,7 +253,10 @@ def _families_of(
     if rates is None:
         yield Family([Ladder(kind, parameters, None, [None], shape)], 0)
         return
-    variants = [v.parameters for v in rates.variants(*shape) if v.effort <= effort <= v.until]
+    every = rates.variants(*shape)
+    # A kind that was asked for is tried, if it has to be with what is for more effort.
+    within = [v for v in every if v.effort <= effort <= v.until] or (every if most_work == float("inf") else [])
+    variants = [v.parameters for v in within]
     agreeing = [v for v in variants if all(parameters.get(name, v[name]) == v[name] for name in v)]
     # What the user fixed may be in none of the variants; what the effort leaves out stays out.
     for variant in agreeing or ([{}] if parameters else []):

@@ -425,18 +425,15 @@ def _errors(
 ) -> dict[str, float]:
     """What a table's header says of its errors."""
     row_errors, energies = _squared_errors(x, decoded), _squared_errors(x, np.zeros(1))
-    centred = _squared_errors(x, x.mean(0, dtype=np.float64)).sum()
-    tiny = np.finfo(np.float64).tiny
-    errors = {
-        "relative": row_errors.sum() / max(energies.sum(), tiny),
-        "centred": row_errors.sum() / max(centred, tiny),
-    }
+    centred = float(_squared_errors(x, x.mean(0, dtype=np.float64)).sum())
+    error, tiny = float(row_errors.sum()), float(np.finfo(np.float64).tiny)
+    errors = {"relative": error / max(float(energies.sum()), tiny), "centred": error / max(centred, tiny)}
     if weights is not None:
-        errors["weighted"] = (weights @ row_errors) / max(weights @ energies, tiny)
+        errors["weighted"] = float(weights @ row_errors) / max(float(weights @ energies), tiny)
     if x.shape[1] <= LARGEST_BOUND_DIM:
         bound = gaussian_bound(x[:: max(1, len(x) // SAMPLE_ROWS)], 8 * nbytes / x.size)
         errors["gaussian_bound"] = float(f"{bound:.6g}")
-    return {name: float(value) for name, value in errors.items()}
+    return errors
 
 
 def _classes(importance: NDArray[np.float64]) -> NDArray[np.int64]:

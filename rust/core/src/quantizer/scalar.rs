@@ -290,7 +290,8 @@ impl Rules {
             for step in [step, -step] {
                 let grid = Grid { step, low: centre - step * middle };
                 let error = if step > 0.0 || turns { grid.error(values, self.top) } else { f32::INFINITY };
-                if error < least {
+                // More than rounding, which depends on the order of the values.
+                if error < least * if step > 0.0 { 1.0 } else { 0.9999 } {
                     (best, least) = (grid, error);
                 }
             }
