@@ -109,7 +109,7 @@ impl Hadamard {
     /// The first columns and the last ones take turns. Signs stand before both: without them the second transform would
     /// nearly undo the first where 2^k is a little less than the number of columns.
     fn start(&self, pass: usize) -> usize {
-        if pass % 2 == 0 {
+        if pass.is_multiple_of(2) {
             0
         } else {
             self.dim - self.size
@@ -535,7 +535,7 @@ mod tests {
     #[test]
     fn eigenvalues_of_flat_and_empty_matrices() {
         let ctx = Context::new(Some(1), 0);
-        let (values, vectors) = eigen(&vec![0.0; 25], 5, &ctx).unwrap();
+        let (values, vectors) = eigen(&[0.0; 25], 5, &ctx).unwrap();
         assert_eq!(values, [0.0; 5]);
         is_orthonormal(&vectors, 5, 1e-6);
         let unit: Vec<f64> = identity(6).into_iter().map(f64::from).collect();
