@@ -59,7 +59,7 @@ PARAMETERS = {
     "residual": [
         {"n_stages": 3, "n_bits": 3, "beam_width": 4},
         {"n_stages": 2, "n_bits": 5, "beam_width": 1, "n_refinements": 0, "codebook_dtype": "float32"},
-        {"n_stages": 3, "n_bits": 2, "n_refinements": 0, "codebook_dtype": "int8"},
+        {"n_stages": 3, "n_bits": 2, "codebook_dtype": "int8"},
     ],
     "scalar": [
         {"dtype": "float16"},

@@ -1149,3 +1149,20 @@ def test_trees_with_more_leaves_than_rows():
     assert any("fewer than 64 leaves" in note for note in codec.notes)
     with pytest.raises(ValueError, match="depth"):
         fit("tree", x, branching=1000, depth=3)
+
+
+@pytest.mark.parametrize("dim", [129, 257, 300, 520])
+def test_random_rotations_mix_rows_of_any_width(dim):
+    """Rows of a single value become like normal ones, also where the width is a little above a power of two."""
+    error = fit_error("rotated", np.eye(dim, dtype=np.float32), n_bits=2, center=False)
+    assert error == pytest.approx(0.1152, rel=0.05)
+
+
+def test_moments_do_not_depend_on_the_size_of_the_weights():
+    x = normal(400, 6) * np.arange(1, 7, dtype=np.float32)
+    weights = np.random.default_rng(1).uniform(0.5, 2, 400)
+    errors = [
+        _core.fit("low-rank", {"n_components": 3}, x, sample_weight=weights * factor)[0].relative_error
+        for factor in (1.0, 2.0**-200, 2.0**200)
+    ]
+    assert errors[0] == errors[1] == errors[2]

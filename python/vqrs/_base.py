@@ -281,6 +281,8 @@ class Quantizer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Estimator):
     def estimate(self, n_rows: int, n_features: int) -> int:
         """Bytes of the table's file for so many rows, without fitting; names and metadata aside.
 
+        Exact, but an upper bound where the rows decide: equal rows, and principal components that get no bits.
+
         Parameters
         ----------
         n_rows, n_features : int

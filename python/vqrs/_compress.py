@@ -7,6 +7,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from numbers import Real
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -247,10 +248,10 @@ def _read_goal(
     if not given and not has_method:
         raise ValueError("pass one of ratio=, nbytes= and max_error=, or a method= with its parameters")
     if ratio is not None:
-        if not 0 < ratio < math.inf:
+        if not isinstance(ratio, Real) or not 0 < ratio < math.inf:
             raise ValueError(f"ratio={ratio!r} must be a positive number")
         return _Goal(nbytes=int(float32_nbytes / ratio))
-    if max_error is not None and not 0 <= max_error < math.inf:
+    if max_error is not None and (not isinstance(max_error, Real) or not 0 <= max_error < math.inf):
         raise ValueError(f"max_error={max_error!r} must be a number from 0")
     return _Goal(None if nbytes is None else parse_bytes(nbytes), max_error)
 

@@ -128,6 +128,8 @@ def tune(
     trials = _public_trials(search, n_rows, dim)
     if not trials:
         raise ValueError(f"nothing is as small as {max(budgets)} bytes for {n_rows} x {dim} rows")
+    if max_error is not None and not 0 <= max_error < np.inf:
+        raise ValueError(f"max_error={max_error!r} must be a number from 0")
     goal: dict[str, Any] = {} if max_error is None else {"max_error": max_error}
     if max_error is None and len(budgets) == 1:
         goal = {"nbytes": budgets[0]}
@@ -269,6 +271,8 @@ class TuneResult:
                 )
             return found[0]
         if "ratio" in given:
+            if not 0 < given["ratio"] < np.inf:
+                raise ValueError(f"ratio={given['ratio']!r} must be a positive number")
             most = int(4 * self.shape[0] * self.shape[1] / given["ratio"])
         else:
             most = parse_bytes(given["nbytes"])
@@ -447,7 +451,7 @@ def _read_budgets(
     if ratio is not None and nbytes is not None:
         raise ValueError("ratio and nbytes were given: pass one of them")
     if nbytes is not None:
-        given: Iterable[int | str] = [nbytes] if isinstance(nbytes, int | str) else nbytes
+        given: Iterable[int | str] = [nbytes] if isinstance(nbytes, int | float | str) else nbytes
         budgets = [parse_bytes(value) for value in given]
     else:
         ratios = RATIOS if ratio is None else np.atleast_1d(np.asarray(ratio, dtype=np.float64)).tolist()
