@@ -98,7 +98,7 @@ class Rates(NamedTuple):
 ROWS_PER_CENTROID = 64
 """Codebooks of more than 256 entries are tried where each entry stands for so many rows."""
 
-MOST_WORK = (10.0, 50.0, float("inf"))
+MOST_WORK = (10.0, 30.0, float("inf"))
 """Full fits that would take longer, by the formulas above, are left out; of each effort."""
 
 
