@@ -8,7 +8,7 @@
 //! | 0 ground | [`error`], [`matrix`], [`tensor`], [`bits`], [`rng`], [`pool`] | nothing above |
 //! | 1 numeric kernels | [`kernels`] | ground |
 //! | 2 algorithms without codes | [`algo`] | kernels |
-//! | 3 reading | [`decoder`] | kernels |
+//! | 3 reading | [`decoder`] | kernels, algo |
 //! | 4 learning; keeping | [`quantizer`] (knows no files); [`table`] (knows no learning) | algo and decoder; decoder |
 //! | 5 using | [`search`], [`stream`] | table; table and quantizer |
 
