@@ -239,3 +239,9 @@ def test_the_better_of_two_of_equal_bytes_is_taken(x):
     for pair in ([coarse, fine], [fine, coarse]):
         mixed = MixedPrecisionQuantizer(pair, n_bits=6.0, by="norm", random_state=0).fit(x)
         assert all(quantizer.max_iter == 25 for quantizer, _ in mixed.groups_)
+
+
+def test_groups_are_no_codec(table):
+    about = json.loads(table._core.info()) | {"kind": "kmeans", "parameters": {}}
+    with pytest.raises(ValueError, match="rows stand apart"):
+        _core.Codec.from_parts(json.dumps(about), table._core.tensors())

@@ -168,6 +168,7 @@ impl Segments {
                 }
                 first += group.rows;
             }
+            // Only a table holds this form, it has as many rows, and it checks ids before they come here.
             unreachable!("row {row} of {}", self.rows);
         };
         let width = map_bits(self.groups.len());

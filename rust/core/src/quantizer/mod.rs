@@ -224,6 +224,9 @@ impl Codec {
     /// A codec from its parts, for example those of an opened table.
     pub fn new(kind: &str, parameters: Map<String, Value>, decoder: Decoder) -> Result<Self> {
         let kind = Kind::find(kind)?;
+        if !decoder.rows_apart() {
+            return Err(Error::shape("the decoder", decoder.form(), "a form whose rows stand apart"));
+        }
         Ok(Codec { kind, quantizer: kind.make(parameters)?, decoder, n_iter: 0, notes: Vec::new() })
     }
 
