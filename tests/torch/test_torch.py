@@ -300,8 +300,8 @@ def test_pretrained_modules_hand_over_their_arguments() -> None:
     plain = nn.Embedding(50, 8, padding_idx=3, sparse=True)
     assert vqrs.torch.Embedding.from_pretrained(plain, method="scalar").padding_idx == 3
     assert vqrs.torch.Embedding.from_pretrained(plain, method="scalar", padding_idx=None).padding_idx is None
-    with pytest.raises(ValueError, match="sparse=True"):
-        vqrs.torch.Embedding.from_pretrained(plain, trainable=True, method="scalar")
+    assert vqrs.torch.Embedding.from_pretrained(plain, method="scalar").sparse
+    assert vqrs.torch.Embedding.from_pretrained(plain, trainable=True, method="scalar").sparse
     with pytest.raises(ValueError, match="max_norm=1"):
         vqrs.torch.Embedding.from_pretrained(nn.Embedding(50, 8, max_norm=1.0), method="scalar")
     bag = nn.EmbeddingBag(50, 8, mode="max", include_last_offset=True, padding_idx=2)
@@ -325,7 +325,6 @@ def test_freeze_is_torchs_name_for_not_trainable() -> None:
     [
         ({"max_norm": 2.0}, "max_norm=2.0 is not supported"),
         ({"scale_grad_by_freq": True}, "scale_grad_by_freq=True is not supported"),
-        ({"sparse": True}, "sparse=True is not supported"),
         ({"padding_idx": 50}, "padding_idx=50 is not allowed"),
         ({"_weight": torch.zeros(50, 7)}, r"shape \(50, 7\), expected \(50, 8\)"),
     ],
