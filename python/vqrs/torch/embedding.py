@@ -534,7 +534,8 @@ class _TableModule(nn.Module):
             elif "weight" in own:
                 self._load_weight(own["weight"])
             else:
-                missing_keys.extend(prefix + key for key in ("codes", "_extra_state") if key not in own)
+                expected = ["codes", "_extra_state", *(f"decoder.{name}" for name in self.decoder.state_dict())]
+                missing_keys.extend(prefix + key for key in expected if key not in own)
         except (ValueError, TypeError, LookupError, AttributeError, RuntimeError) as error:
             error_msgs.append(f"{prefix.rstrip('.') or type(self).__name__}: the state cannot be loaded: {error}")
 

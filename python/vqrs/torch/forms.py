@@ -209,7 +209,6 @@ class BooksDecoder(Decoder):
                 pieces.append(F.pad(piece, (start, rest)) if start or rest else piece)
         return functools.reduce(torch.add, pieces)
 
-
     def fields(self, codes: Tensor) -> Tensor:
         """The entries that rows pick, int64 (n, n_books of all groups)."""
         return unpack_bits(codes, self.bits, sum(n_books for n_books, _ in self.groups))
@@ -310,7 +309,11 @@ class LevelsDecoder(Decoder):
             return codes.contiguous().view(self.FLOATS[self.description["dtype"]]).float()
         places = unpack_bits(codes, _level_bits(self.description), self.dim)
         if self.description["dtype"] == "free4":
-            own = F.embedding(ids, self.own, sparse=self.sparse) if self.trainable else _own_levels(self.description, codes)
+            own = (
+                F.embedding(ids, self.own, sparse=self.sparse)
+                if self.trainable
+                else _own_levels(self.description, codes)
+            )
             size = self.description["block_size"] if self.description["granularity"] == "block" else self.dim
             return own.gather(1, places + 16 * (torch.arange(self.dim, device=codes.device) // size))
         scale, offset = self._scales(codes, ids)
@@ -331,9 +334,7 @@ class LevelsDecoder(Decoder):
         else:
             scale = F.embedding(ids, self.scale, sparse=self.sparse)
             symmetric = self.description["symmetric"]
-            offset = (
-                self._symmetric_offset(scale) if symmetric else F.embedding(ids, self.offset, sparse=self.sparse)
-            )
+            offset = self._symmetric_offset(scale) if symmetric else F.embedding(ids, self.offset, sparse=self.sparse)
         if self.description["granularity"] == "row":
             return scale, offset
         size = self.description["block_size"]
@@ -613,7 +614,11 @@ class SparseDecoder(Decoder):
 
     def forward(self, codes: Tensor, ids: Tensor) -> Tensor:
         """Decode rows; see :meth:`Decoder.forward`."""
-        values = F.embedding(ids, self.values, sparse=self.sparse) if self.trainable else _kept_values(self.description, codes)
+        values = (
+            F.embedding(ids, self.values, sparse=self.sparse)
+            if self.trainable
+            else _kept_values(self.description, codes)
+        )
         columns = self._columns(codes)
         # One column more takes what stands outside the row.
         rows = torch.zeros(len(codes), self.dim + 1, dtype=values.dtype, device=codes.device)
