@@ -143,7 +143,9 @@ def is_sparse(name: str, parameter: torch.Tensor) -> bool:
     """What a gather picks from. What all rows share (means, rotations, scales of columns) stays dense."""
     own = name.rpartition(".")[2]
     return (
-        own.startswith("codebooks_") or own in ("own", "values") or own in ("scale", "offset") and parameter.dim() == 2
+        own.startswith("codebooks_")
+        or own in ("own", "values")
+        or (own in ("scale", "offset") and parameter.dim() == 2)
     )
 
 
