@@ -8,6 +8,7 @@ float32 parameters. Its gathers are plain torch, on any device, and give the val
 
 from __future__ import annotations
 
+import copy
 import functools
 import itertools
 import math
@@ -50,13 +51,15 @@ def unpack_bits(codes: Tensor, bits: int, n_fields: int) -> Tensor:
 
     Returns
     -------
-    int64 tensor of shape (n_rows, n_fields)
+    int64 tensor of shape (n_rows, n_fields); int32 where ONNX is exported
 
     Examples
     --------
     >>> unpack_bits(torch.tensor([[33, 3]], dtype=torch.uint8), bits=4, n_fields=3)
     tensor([[1, 2, 3]])
     """
+    if torch.onnx.is_in_onnx_export():
+        return _gather_bits(codes, bits, n_fields)
     if bits == 8:
         return codes[:, :n_fields].long()
     first_bit = torch.arange(n_fields, device=codes.device) * bits
@@ -68,6 +71,22 @@ def unpack_bits(codes: Tensor, bits: int, n_fields: int) -> Tensor:
     for byte in range(1, n_bytes):
         window = window | codes[:, (first_byte + byte).clamp(max=codes.shape[1] - 1)].long() << (8 * byte)
     return (window >> shift) & ((1 << bits) - 1)
+
+
+def _gather_bits(codes: Tensor, bits: int, n_fields: int) -> Tensor:
+    """``unpack_bits`` without shifts, which ONNX has for few types: fields of a byte are looked up by its value."""
+    if bits == 8:
+        return codes[:, :n_fields].int()
+    width = bits if 8 % bits == 0 else 1
+    values = torch.arange(256, dtype=torch.int32, device=codes.device)[:, None]
+    table = values // 2 ** torch.arange(0, 8, width, dtype=torch.int32, device=codes.device) % 2**width
+    fields = F.embedding(codes.int(), table).flatten(1)[:, : n_fields * (bits // width)]
+    return fields if width == bits else _sum_of_bits(fields.reshape(-1, n_fields, bits))
+
+
+def _sum_of_bits(bits: Tensor) -> Tensor:
+    """Integers from their bits, the least significant one first, which stand in the last axis."""
+    return (bits * 2 ** torch.arange(bits.shape[-1], dtype=bits.dtype, device=bits.device)).sum(-1, dtype=bits.dtype)
 
 
 class Decoder(nn.Module):
@@ -197,7 +216,7 @@ class BooksDecoder(Decoder):
             if self.sparse and self.trainable:
                 entries: Tensor = _EntriesOfBooks.apply(books, fields[:, :n_books])
             else:
-                first_entry = torch.arange(n_books, device=codes.device) * 2**self.bits
+                first_entry = torch.arange(n_books, dtype=fields.dtype, device=codes.device) * 2**self.bits
                 entries = F.embedding(fields[:, :n_books] + first_entry, books.flatten(0, 1))
             fields = fields[:, n_books:]
             if not self.trainable:
@@ -257,6 +276,8 @@ class LevelsDecoder(Decoder):
     def __init__(self, description: Mapping[str, Any], tensors: Tensors, trainable: bool) -> None:
         super().__init__(description, tensors, trainable)
         self.description = dict(description)
+        self.beside = trainable
+        """Whether what rows hold behind their levels stands in tensors of its own."""
 
     @staticmethod
     def real_values(description: Mapping[str, Any], stored: Tensors, codes: Tensor) -> dict[str, Tensor]:
@@ -306,16 +327,12 @@ class LevelsDecoder(Decoder):
     def forward(self, codes: Tensor, ids: Tensor) -> Tensor:
         """Decode rows; see :meth:`Decoder.forward`."""
         if self.description["dtype"] in self.FLOATS:
-            return codes.contiguous().view(self.FLOATS[self.description["dtype"]]).float()
+            return (codes if codes.is_floating_point() else codes.contiguous().view(self._float_type())).float()
         places = unpack_bits(codes, _level_bits(self.description), self.dim)
         if self.description["dtype"] == "free4":
-            own = (
-                F.embedding(ids, self.own, sparse=self.sparse)
-                if self.trainable
-                else _own_levels(self.description, codes)
-            )
+            own = self._of_rows("own", "scale_factor", ids) if self.beside else _own_levels(self.description, codes)
             size = self.description["block_size"] if self.description["granularity"] == "block" else self.dim
-            return own.gather(1, places + 16 * (torch.arange(self.dim, device=codes.device) // size))
+            return own.gather(1, places.long() + 16 * (torch.arange(self.dim, device=codes.device) // size))
         scale, offset = self._scales(codes, ids)
         if _is_table(self.description):
             return F.embedding(places, self.levels[:, None]).squeeze(2) * scale
@@ -329,16 +346,56 @@ class LevelsDecoder(Decoder):
             scale = self.scale
             offset = self._symmetric_offset(scale) if self.description["symmetric"] else self.offset
             return scale, offset
-        if not self.trainable:
+        if not self.beside:
             scale, offset = _scales_of_rows(self.description, codes)
         else:
-            scale = F.embedding(ids, self.scale, sparse=self.sparse)
+            scale = self._of_rows("scale", "scale_factor", ids)
             symmetric = self.description["symmetric"]
-            offset = self._symmetric_offset(scale) if symmetric else F.embedding(ids, self.offset, sparse=self.sparse)
+            offset = self._symmetric_offset(scale) if symmetric else self._of_rows("offset", "offset_factor", ids)
         if self.description["granularity"] == "row":
             return scale, offset
         size = self.description["block_size"]
-        return tuple(value.repeat_interleave(size, 1)[:, : self.dim] for value in (scale, offset))
+        return tuple(
+            value[:, :, None].expand(-1, -1, size).flatten(1)[:, : self.dim] for value in (scale, offset)
+        )
+
+    def _of_rows(self, name: str, factor: str, ids: Tensor) -> Tensor:
+        """What stands beside the codes for these rows, by its real value."""
+        values = F.embedding(ids, getattr(self, name), sparse=self.sparse)
+        if self.trainable:
+            return values
+        if values.dtype == torch.uint8:
+            values = F.embedding(values.int(), self.bytes_as_floats[:, None]).squeeze(-1)
+        return values.float() * self.description[factor]
+
+    def lifted(self, codes: Tensor) -> tuple[Decoder, Tensor]:
+        """What stands behind the levels becomes tensors; rows of floats become floats."""
+        description = self.description
+        if description["dtype"] in self.FLOATS:
+            return self, codes.contiguous().view(self._float_type())
+        if description["granularity"] == "column":
+            return self, codes
+        levels = codes[:, : _level_bytes(description)].contiguous()
+        if self.trainable:
+            return self, levels
+        behind = _behind(description, codes)
+        tensors = dict(self.named_buffers())
+        if description["dtype"] == "free4":
+            tensors["own"] = behind.view(torch.float16)
+        elif _in_bytes(description):
+            tensors["scale"] = behind
+            tensors["bytes_as_floats"] = _bytes_as_floats(torch.arange(256)).float()
+        elif description["symmetric"]:
+            tensors["scale"] = behind.view(torch.float16)
+        else:
+            pairs = behind.view(torch.float16)
+            tensors |= {"scale": pairs[:, 0::2].contiguous(), "offset": pairs[:, 1::2].contiguous()}
+        decoder = LevelsDecoder(description, tensors, trainable=False)
+        decoder.beside = True
+        return decoder, levels
+
+    def _float_type(self) -> torch.dtype:
+        return self.FLOATS[self.description["dtype"]]
 
     def _symmetric_offset(self, scale: Tensor) -> Tensor:
         return -scale * 2 ** (_level_bits(self.description) - 1)
@@ -355,6 +412,9 @@ class LinearDecoder(Decoder):
         super().__init__(description, _own(tensors), trainable)
         self.rotation_kind: dict[str, Any] = description["rotation"]
         self.inner = FORMS[description["inner"]["form"]](description["inner"], _inner(tensors, "inner."), trainable)
+        if self.rotation_kind["kind"] == "hadamard":
+            signs = _signs(self.dim, self.rotation_kind["seed"], self.rotation_kind["rounds"])
+            self.register_buffer("signs", signs, persistent=False)
 
     @staticmethod
     def real_values(description: Mapping[str, Any], stored: Tensors, codes: Tensor) -> dict[str, Tensor]:
@@ -369,7 +429,7 @@ class LinearDecoder(Decoder):
     def stored_tensors(self) -> dict[str, Tensor]:
         """Tensors of the decoder inside, the mean, and the rotation in its stored type."""
         stored = {f"inner.{name}": value for name, value in self.inner.stored_tensors().items()}
-        own = {name: tensor.detach() for name, tensor in self._own_tensors()}
+        own = {name: tensor.detach() for name, tensor in self._own_tensors() if name != "signs"}
         if self.trainable and "rotation" in own:
             dtype = self.rotation_kind["dtype"]
             if dtype == "int8":
@@ -401,7 +461,7 @@ class LinearDecoder(Decoder):
                 matrix = matrix * self.rotation_scale[:, None]
             rows = rows @ matrix
         elif self.rotation_kind["kind"] == "hadamard":
-            rows = _turn_back(rows, self.rotation_kind["seed"], self.rotation_kind["rounds"])
+            rows = _turn_back(rows, self.signs, self.dim)
         return rows + self.mean if hasattr(self, "mean") else rows
 
     def inverse(self, rows: Tensor) -> Tensor:
@@ -414,8 +474,13 @@ class LinearDecoder(Decoder):
             return rows @ torch.linalg.pinv(matrix)
         if self.rotation_kind["kind"] == "hadamard":
             unit = torch.eye(self.dim, dtype=rows.dtype, device=rows.device)
-            return rows @ _turn_back(unit, self.rotation_kind["seed"], self.rotation_kind["rounds"]).T
+            return rows @ _turn_back(unit, self.signs, self.dim).T
         return rows
+
+    def lifted(self, codes: Tensor) -> tuple[Decoder, Tensor]:
+        """That of the decoder inside."""
+        inner, codes = self.inner.lifted(codes)
+        return _with_children(self, inner=inner), codes
 
 
 class JoinDecoder(Decoder):
@@ -460,6 +525,15 @@ class JoinDecoder(Decoder):
         rows = [part(cut, ids) for part, cut in zip(self.parts, cuts, strict=True)]
         return torch.cat(rows, 1) if self.mode == "columns" else functools.reduce(torch.add, rows)
 
+    def lifted(self, codes: Tensor) -> tuple[Decoder, Tensor]:
+        """Those of the parts."""
+        pairs = [part.lifted(cut) for part, cut in zip(self.parts, codes.split(self.sizes, 1), strict=True)]
+        parts = _with_children(self, parts=nn.ModuleList(part for part, _ in pairs))
+        parts.sizes = [cut.shape[1] for _, cut in pairs]
+        if not all(cut.dtype == torch.uint8 for _, cut in pairs):
+            raise ValueError("rows of floats beside other codes cannot be exported to ONNX: use another residual=")
+        return parts, torch.cat([cut for _, cut in pairs], 1)
+
 
 class TrellisDecoder(Decoder):
     """A row is a circular stream of bits, and each column reads a window of it that picks a level.
@@ -490,16 +564,26 @@ class TrellisDecoder(Decoder):
 
     def forward(self, codes: Tensor, ids: Tensor) -> Tensor:
         """Decode rows; see :meth:`Decoder.forward`."""
+        if torch.onnx.is_in_onnx_export():
+            return self._decode_bits(_gather_bits(codes, 1, self.n_bits + self.scale_bits))
         places = self.starts % self.n_bits
-        states = torch.zeros((len(codes), self.dim), dtype=torch.int64, device=codes.device)
+        states = torch.zeros((codes.shape[0], self.dim), dtype=torch.int64, device=codes.device)
         for bit in range(self.state_bits):
             at = (places + bit) % self.n_bits
             states |= ((codes[:, at // 8] >> (at % 8)) & 1).long() << bit
         levels = F.embedding(self.first_levels + states, self.levels[:, None]).squeeze(2).to(self.columns.dtype)
-        number = torch.zeros(len(codes), dtype=torch.int64, device=codes.device)
+        number = torch.zeros(codes.shape[0], dtype=torch.int64, device=codes.device)
         for bit in range(self.scale_bits):
             at = self.n_bits + bit
             number |= ((codes[:, at // 8] >> (at % 8)) & 1).long() << bit
+        return levels * self.columns * F.embedding(number, self.scales[:, None])
+
+    def _decode_bits(self, bits: Tensor) -> Tensor:
+        """``forward``, of bits (n, n_bits + scale_bits)."""
+        window = (self.starts[:, None] + torch.arange(self.state_bits, device=bits.device)) % self.n_bits
+        states = _sum_of_bits(bits.index_select(1, window.flatten()).reshape(-1, self.dim, self.state_bits))
+        levels = F.embedding(self.first_levels.int() + states, self.levels[:, None]).squeeze(2).to(self.columns.dtype)
+        number = _sum_of_bits(bits[:, self.n_bits :]) if self.scale_bits else torch.zeros_like(bits[:, 0])
         return levels * self.columns * F.embedding(number, self.scales[:, None])
 
 
@@ -573,6 +657,13 @@ class SegmentsDecoder(Decoder):
         assert rows is not None
         return rows
 
+    def lifted(self, codes: Tensor) -> tuple[Decoder, Tensor]:
+        """Refused: a row's number would need tables of its own, larger than its code."""
+        raise ValueError(
+            "a table of groups of rows (MixedPrecisionQuantizer) cannot be exported to ONNX: make a module of one kind, "
+            "with from_pretrained(module.weight, method=…)"
+        )
+
 
 class SparseDecoder(Decoder):
     """A row is a few values with their columns. Trainable, the values are the parameter ``values``, (n_rows, kept)."""
@@ -614,15 +705,32 @@ class SparseDecoder(Decoder):
 
     def forward(self, codes: Tensor, ids: Tensor) -> Tensor:
         """Decode rows; see :meth:`Decoder.forward`."""
-        values = (
-            F.embedding(ids, self.values, sparse=self.sparse)
-            if self.trainable
-            else _kept_values(self.description, codes)
-        )
-        columns = self._columns(codes)
+        values = self._values(ids) if hasattr(self, "values") else _kept_values(self.description, codes)
+        columns = self._columns(codes).long()
         # One column more takes what stands outside the row.
-        rows = torch.zeros(len(codes), self.dim + 1, dtype=values.dtype, device=codes.device)
+        rows = torch.zeros(codes.shape[0], self.dim + 1, dtype=values.dtype, device=codes.device)
         return rows.scatter_add(1, columns, values)[:, : self.dim]
+
+    def _values(self, ids: Tensor) -> Tensor:
+        """The values of rows where they stand beside the codes."""
+        values = F.embedding(ids, self.values, sparse=self.sparse)
+        if self.trainable:
+            return values
+        factor = self.description["scale_factor"] if self.description["dtype"] != "float32" else 1.0
+        return values.float() * (F.embedding(ids, self.scale).float() * factor if hasattr(self, "scale") else factor)
+
+    def lifted(self, codes: Tensor) -> tuple[Decoder, Tensor]:
+        """The values, and scales of rows, become tensors."""
+        n_bytes, dtype, kept = _place_bytes(self.description), self.description["dtype"], self.description["kept"]
+        places, stored = codes[:, :n_bytes].contiguous(), codes[:, n_bytes:].clone(memory_format=torch.contiguous_format)
+        if self.trainable:
+            return self, places
+        if dtype == "int8":
+            scale = stored[:, kept:].clone(memory_format=torch.contiguous_format).view(torch.float16)
+            tensors = {"values": stored[:, :kept].contiguous().view(torch.int8), "scale": scale}
+        else:
+            tensors = {"values": stored.view(getattr(torch, dtype))}
+        return SparseDecoder(self.description, tensors, trainable=False), places
 
     def _columns(self, codes: Tensor) -> Tensor:
         """The column of each kept value, int64 (n, kept); ``dim`` where there is none."""
@@ -633,7 +741,7 @@ class SparseDecoder(Decoder):
         present = unpack_bits(places, 1, self.dim)
         rank = torch.where(present > 0, present.cumsum(1) - 1, kept).clamp(max=kept)
         numbers = torch.arange(self.dim, device=codes.device).expand_as(rank)
-        columns = torch.full((len(codes), kept + 1), self.dim, dtype=torch.int64, device=codes.device)
+        columns = torch.full((codes.shape[0], kept + 1), self.dim, dtype=torch.int64, device=codes.device)
         return columns.scatter(1, rank, numbers)[:, :kept]
 
 
@@ -708,6 +816,11 @@ def _values_in_rows(description: Mapping[str, Any], codes: Tensor) -> dict[str, 
     return {name: pairs[name] for name in _trained(description)}
 
 
+def _bytes_as_floats(stored: Tensor) -> Tensor:
+    """The float16 of the scales that take one byte."""
+    return (stored.short() << 6).view(torch.float16)
+
+
 def _in_bytes(description: Mapping[str, Any]) -> bool:
     """Whether scales take one byte: the bits 6 to 13 of a float16."""
     return description.get("scale_dtype", "float16") == "float8"
@@ -757,33 +870,52 @@ def _held_name(name: str) -> str:
     return modules[0] + name[modules.end() :].replace(".", "_")
 
 
-@functools.cache
-def _signs(dim: int, seed: int, passes: int) -> Tensor:
-    return torch.tensor([[random_sign(seed, turn * dim + place) for place in range(dim)] for turn in range(passes)])
+def _with_children(decoder: Decoder, **children: nn.Module) -> Decoder:
+    """A copy that shares all but these children."""
+    copied = copy.copy(decoder)
+    copied._modules = decoder._modules | children
+    return copied
 
 
-def _turn_back(rows: Tensor, seed: int, rounds: int) -> Tensor:
+def _signs(dim: int, seed: int, rounds: int) -> Tensor:
+    """The signs of each pass, float32 (n_passes, dim): one pass a round, or two where a pass leaves columns out."""
+    passes = rounds if dim & (dim - 1) == 0 else 2 * rounds
+    signs = [[random_sign(seed, turn * dim + place) for place in range(dim)] for turn in range(passes)]
+    return torch.tensor(signs, dtype=torch.float32)
+
+
+def _turn_back(rows: Tensor, signs: Tensor, dim: int) -> Tensor:
     """Signs, then Walsh-Hadamard, of the first and of the last 2**k columns in turns; undone from the last one on."""
-    dim = rows.shape[1]
     size = 1 << (dim.bit_length() - 1)
-    passes = rounds if size == dim else 2 * rounds
-    signs = _signs(dim, seed, passes).to(rows)
-    for number in reversed(range(passes)):
+    for number, signs_of_pass in reversed(list(enumerate(signs.unbind()))):
         start = dim - size if number % 2 else 0
-        turned = _hadamard(rows[:, start : start + size])
-        rows = torch.cat([rows[:, :start], turned, rows[:, start + size :]], 1) * signs[number]
+        turned = _hadamard(rows[:, start : start + size], size)
+        if size < dim:
+            turned = torch.cat([rows[:, :start], turned, rows[:, start + size :]], 1)
+        rows = turned * signs_of_pass.to(rows)
     return rows
 
 
-def _hadamard(rows: Tensor) -> Tensor:
-    """Walsh-Hadamard transform of each row, over the root of its length."""
-    n_rows, size = rows.shape
+def _hadamard(rows: Tensor, size: int) -> Tensor:
+    """Walsh-Hadamard transform of each row of this size, over its root."""
+    n_rows = rows.shape[0]
+    if torch.onnx.is_in_onnx_export():  # two small products are a shorter graph than all the sums
+        low = 1 << (size.bit_length() // 2)
+        squares = rows.reshape(-1, size // low, low)
+        return (_hadamard_matrix(size // low) @ squares @ _hadamard_matrix(low)).reshape(-1, size) / math.sqrt(size)
     half = 1
     while half < size:
         low, high = rows.reshape(n_rows, -1, 2, half).unbind(2)
         rows = torch.stack([low + high, low - high], 2).reshape(n_rows, size)
         half *= 2
     return rows * (1.0 / math.sqrt(size))
+
+
+def _hadamard_matrix(size: int) -> Tensor:
+    matrix = torch.ones(1, 1)
+    while len(matrix) < size:
+        matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
+    return matrix
 
 
 def decoder_from_parts(
@@ -851,7 +983,7 @@ def _level_bytes(description: Mapping[str, Any]) -> int:
 def _scales_of_rows(description: Mapping[str, Any], codes: Tensor) -> tuple[Tensor, Tensor]:
     """Scale and offset of each block, float32 (n_rows, n_blocks), from behind the levels of the rows."""
     behind = _behind(description, codes)
-    halves = (behind.short() << 6).view(torch.float16) if _in_bytes(description) else behind.view(torch.float16)
+    halves = _bytes_as_floats(behind) if _in_bytes(description) else behind.view(torch.float16)
     if description["symmetric"]:
         scale = halves.float() * description["scale_factor"]
         return scale, -scale * 2 ** (_level_bits(description) - 1)

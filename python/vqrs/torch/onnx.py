@@ -1,0 +1,143 @@
+"""Export to ONNX: tables become gathers of their codes and codebooks.
+
+    vqrs.torch.onnx.export(model, (ids,), "model.onnx")
+
+The codes stay bytes in the file, which is about as large as the tables and the rest of the model.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vqrs.torch.embedding import Embedding, EmbeddingBag, _TableModule
+
+__all__ = ["export", "exportable"]
+
+
+def export(model: nn.Module, args: Any, f: Any = None, **arguments: Any) -> Any:
+    """Export a model that holds compressed embeddings, as ``torch.onnx.export`` does.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        Any model; those of its modules that are an :class:`Embedding` or :class:`EmbeddingBag` are exported as gathers.
+    args : tuple
+        Inputs of ``model``, as an example.
+    f : path-like, optional
+        Where the model is written.
+    **arguments
+        Further ones of ``torch.onnx.export``: ``dynamic_shapes``, ``dynamo``, ``opset_version``, ….
+
+    Returns
+    -------
+    What ``torch.onnx.export`` returns
+
+    Raises
+    ------
+    ValueError
+        If a table's form cannot be exported, or a bag is called with offsets.
+
+    Notes
+    -----
+    Ids are int64 or int32, as in ``args``. The runtime checks them: it refuses those beyond the last row, and counts
+    negative ones from the end. Results equal the module's to the last bit but where a rotation adds in another order
+    (about 1e-6 of a row's norm), and a sum or mean of a bag.
+
+    A fused lookup operator is not part of ONNX, so that a frozen module costs more there than on torch: the memory of
+    the file is what is gained.
+
+    Examples
+    --------
+    >>> import onnx, os, tempfile, torch, vqrs.torch  # doctest: +SKIP
+    >>> embedding = vqrs.torch.Embedding(1000, 16, method="product", n_subvectors=4, n_bits=4)  # doctest: +SKIP
+    >>> path = os.path.join(tempfile.mkdtemp(), "model.onnx")  # doctest: +SKIP
+    >>> program = vqrs.torch.onnx.export(embedding, (torch.tensor([1, 2]),), path, dynamo=True)  # doctest: +SKIP
+    """
+    with exportable(model):
+        return torch.onnx.export(model, args, f, **arguments)
+
+
+@contextlib.contextmanager
+def exportable(model: nn.Module) -> Iterator[nn.Module]:
+    """Make all compressed embeddings of a model read by gathers that ONNX has, within a ``with`` block.
+
+    For exporters other than ``torch.onnx.export``, such as those of model libraries, which trace the model themselves.
+    The model must not be trained or changed meanwhile.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+
+    Yields
+    ------
+    torch.nn.Module
+        The same model.
+
+    Raises
+    ------
+    ValueError
+        If a table's form cannot be exported.
+    """
+    modules = [module for module in model.modules() if isinstance(module, _TableModule)]
+    lifted = [module.decoder.lifted(module.codes) for module in modules]
+    held = [(module, type(module), module.decoder, module.codes) for module in modules]
+    try:
+        for (module, kind, *_), (decoder, codes) in zip(held, lifted, strict=True):
+            module.decoder, module.codes = decoder.to(codes.device), codes
+            module.__class__ = _exported(kind)
+        yield model
+    finally:
+        for module, kind, old_decoder, old_codes in held:
+            module.decoder, module.codes = old_decoder, old_codes
+            module.__class__ = kind
+
+
+@functools.cache
+def _exported(kind: type[_TableModule]) -> type[_TableModule]:
+    """The class with a ``forward`` of gathers."""
+    forward = _pool if issubclass(kind, EmbeddingBag) else _look_up
+    return type(kind.__name__, (kind,), {"forward": forward, "__module__": kind.__module__})
+
+
+def _rows(module: _TableModule, ids: Tensor) -> Tensor:
+    """Rows of one-dimensional ids."""
+    rows: Tensor = module.decoder(F.embedding(ids, module.codes), ids)
+    return rows
+
+
+def _look_up(module: Embedding, input: Tensor) -> Tensor:
+    """``Embedding.forward``."""
+    rows = _rows(module, input.reshape(-1)).to(module.dtype)
+    return rows.reshape(*input.shape, module.embedding_dim)
+
+
+def _pool(
+    module: EmbeddingBag, input: Tensor, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None
+) -> Tensor:
+    """``EmbeddingBag.forward`` of two-dimensional ids."""
+    if input.dim() != 2 or offsets is not None:
+        raise ValueError(
+            "bags of one-dimensional ids with offsets cannot be exported to ONNX: give ids of shape (n_bags, "
+            "n_ids_of_a_bag), filled up with padding_idx"
+        )
+    weights = module._flat_weights(input, per_sample_weights)
+    rows = _rows(module, input.reshape(-1)).reshape(*input.shape, module.embedding_dim)
+    if weights is not None:
+        rows = rows * weights.to(rows.dtype).reshape(*input.shape, 1)
+    kept = None if module.padding_idx is None else (input != module.padding_idx)[:, :, None]
+    if module.mode == "max":
+        if kept is None:
+            return rows.amax(1).to(module.dtype)
+        least = rows.masked_fill(~kept, float("-inf")).amax(1)
+        return torch.where(kept.any(1), least, 0.0).to(module.dtype)
+    total = (rows if kept is None else rows * kept).sum(1)
+    if module.mode == "mean":
+        total = total / (input.shape[1] if kept is None else kept.sum(1).clamp(min=1))
+    return total.to(module.dtype)
