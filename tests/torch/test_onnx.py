@@ -87,6 +87,17 @@ FUSED = {"levels-column-int8-v1", "linear-matrix-int8-v1"}
 """The core rounds a product and its offset once, ONNX twice."""
 
 
+SLOWLY = (
+    "join-sum-v1",
+    "levels-block-nf4-byte-scales-v1",
+    "levels-free4-v1",
+    "linear-matrix-int8-v1",
+    "sparse-bitmap-int8-v1",
+    "trellis-variance-v1",
+)
+"""One of each form by the newer exporter too, which takes seconds; the graphs below are all made by it."""
+
+
 def join_of_columns() -> vqrs.Table:
     parts = [vqrs.open(GOLDEN[name]) for name in ("books-two-widths-float16-v1", "levels-row-int4-v1")]
     decoders = [part.info()["decoder"] for part in parts]
@@ -95,7 +106,9 @@ def join_of_columns() -> vqrs.Table:
         "parameters": parts[0].parameters,
         "decoder": {"form": "join", "dim": 10, "mode": "columns", "parts": decoders},
     }
-    tensors = {f"parts.{n}.{name}": array for n, part in enumerate(parts) for name, array in part._core.tensors().items()}
+    tensors = {
+        f"parts.{n}.{name}": array for n, part in enumerate(parts) for name, array in part._core.tensors().items()
+    }
     codes = np.concatenate([part.codes for part in parts], axis=1)
     return vqrs.Table(_core.Table.from_parts(json.dumps(description), tensors, codes, errors={"relative": 0.0}))
 
@@ -104,8 +117,11 @@ def golden(name: str) -> vqrs.Table:
     return join_of_columns() if name == "join-columns" else vqrs.open(GOLDEN[name])
 
 
-@both_exporters
-@pytest.mark.parametrize("name", [*GOLDEN, "join-columns"])
+@pytest.mark.parametrize(
+    ("name", "dynamo"),
+    [(name, False) for name in [*GOLDEN, "join-columns"]]
+    + [pytest.param(name, *DYNAMO.values, marks=DYNAMO.marks) for name in SLOWLY],
+)
 def test_every_form_gives_equal_rows(name: str, dynamo: bool, tmp_path: Path) -> None:
     embedding = vqrs.torch.Embedding.from_table(golden(name))
     ids = torch.tensor([[3, 0, 19], [7, 7, 1]])
@@ -118,15 +134,14 @@ def test_every_form_gives_equal_rows(name: str, dynamo: bool, tmp_path: Path) ->
             assert torch.equal(found, expected)
 
 
-@pytest.mark.parametrize("dynamo", [DYNAMO])
 @pytest.mark.parametrize("name", [name for name in GOLDEN if name not in ("levels-bfloat16-v1", "levels-float16-v1")])
-def test_trained_values_are_exported(name: str, dynamo: bool, tmp_path: Path) -> None:
+def test_trained_values_are_exported(name: str, tmp_path: Path) -> None:
     embedding = vqrs.torch.Embedding.from_table(golden(name), trainable=True)
     with torch.no_grad():
         for parameter in embedding.parameters():
             parameter.mul_(1.1)
     ids = torch.tensor([[3, 0, 19], [7, 7, 1]])
-    export(embedding, (ids,), tmp_path / "model.onnx", dynamo)
+    export(embedding, (ids,), tmp_path / "model.onnx", dynamo=False)
     torch.testing.assert_close(run(tmp_path / "model.onnx", ids), embedding(ids).detach(), rtol=1e-6, atol=1e-6)
     assert all(parameter.requires_grad for parameter in embedding.parameters())
 
@@ -146,12 +161,12 @@ GRAPHS = {
     ),
     "product, 5 bits": (
         {"method": "product", "n_subvectors": 8, "n_bits": 5},
-        {"Gather": 3, "Concat": None, "Add": 1, "Mul": 1, "ReduceSum": 1},
+        {"Gather": 3, "Concat": None, "Add": 1, "ReduceSum": 1},
         ((N_ROWS, 5), np.uint8),
     ),
     "residual": (
         {"method": "residual", "n_stages": 4, "n_bits": 6},
-        {"Gather": 3, "Concat": None, "Add": 4},
+        {"Gather": 3, "Add": 4, "ReduceSum": 1},
         ((N_ROWS, 3), np.uint8),
     ),
     "int8 of a row": (
@@ -211,8 +226,8 @@ def test_graphs_are_gathers_and_files_as_small_as_tables(
     assert sum(array.shape == shape and array.dtype == dtype for array in of_rows) == 1
     assert sum(array.nbytes for array in of_rows) == table.codes.nbytes
     assert not any(array.dtype in (np.float32, np.float64) for array in of_rows)
-    # 20 kB: the text of the graph, and constants that a table computes.
-    assert path.stat().st_size < table.codes.nbytes + sum(a.nbytes for a in table._core.tensors().values()) + 20_000
+    # 40 kB: the text of the graph, where each node tells where it comes from, and constants of rotations.
+    assert path.stat().st_size < table.codes.nbytes + sum(a.nbytes for a in table._core.tensors().values()) + 40_000
     ids = torch.randint(N_ROWS, (50, 40), generator=torch.Generator().manual_seed(0))
     close = {"rtol": 2e-6, "atol": 2e-6} if "MatMul" in expected or "column" in way.values() else {"rtol": 0, "atol": 0}
     torch.testing.assert_close(run(path, ids), embedding(ids), **close)
@@ -230,9 +245,10 @@ def test_a_file_of_codes_is_not_blown_up(tmp_path: Path) -> None:
 
 
 @both_exporters
-@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
-@pytest.mark.parametrize("shape", [(4,), (2, 3), (2, 3, 4)])
-def test_ids_of_any_shape(shape: tuple, dtype: torch.dtype, dynamo: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "shape"), [(torch.int64, (4,)), (torch.int64, (2, 3, 4)), (torch.int32, (2, 3))], ids=str
+)
+def test_ids_of_any_shape(dtype: torch.dtype, shape: tuple, dynamo: bool, tmp_path: Path) -> None:
     table = vqrs.compress(make_rows(), random_state=0, method="product", n_subvectors=4, n_bits=8)
     embedding = vqrs.torch.Embedding.from_table(table)
     ids = torch.randint(N_ROWS, shape, dtype=dtype, generator=torch.Generator().manual_seed(0))
@@ -252,12 +268,11 @@ def test_rows_have_the_dtype_of_the_module(dtype: torch.dtype, tmp_path: Path) -
 
 
 @both_exporters
-@pytest.mark.parametrize("mode", ["sum", "mean", "max"])
 @pytest.mark.parametrize("padding_idx", [None, 5])
-@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize(
+    ("mode", "weighted"), [("sum", False), ("sum", True), ("mean", False), ("max", False)], ids=str
+)
 def test_bags(mode: str, padding_idx: int | None, weighted: bool, dynamo: bool, tmp_path: Path) -> None:
-    if weighted and mode != "sum":
-        return
     table = vqrs.compress(make_rows(), random_state=0, method="scalar", dtype="int8")
     bag = vqrs.torch.EmbeddingBag.from_table(table, mode=mode, padding_idx=padding_idx)
     model = Weighted(bag) if weighted else bag
@@ -365,7 +380,9 @@ def test_what_cannot_be_exported_is_named(tmp_path: Path) -> None:
 
 def test_rotations_of_any_width(tmp_path: Path) -> None:
     for dim in (3, 8, 24, 33):
-        embedding = vqrs.torch.Embedding.from_pretrained(make_rows(200, dim), method="rotated", n_bits=4, random_state=0)
+        embedding = vqrs.torch.Embedding.from_pretrained(
+            make_rows(200, dim), method="rotated", n_bits=4, random_state=0
+        )
         ids = torch.arange(200).reshape(10, 20)
         export(embedding, (ids,), tmp_path / "model.onnx", dynamo=False)
         found, expected = run(tmp_path / "model.onnx", ids), embedding(ids)

@@ -132,6 +132,20 @@ def test_gradients_of_all_parameters_reach_them(table: vqrs.Table) -> None:
         assert parameter.grad.any(), name
 
 
+@every_form
+def test_loading_keeps_the_parameters_that_optimizers_hold(table: vqrs.Table) -> None:
+    first, second = (vqrs.torch.Embedding.from_table(table, trainable=True) for _ in range(2))
+    with torch.no_grad():
+        for parameter in first.parameters():
+            parameter.mul_(1.01)
+    held = dict(second.named_parameters())
+    second.load_state_dict(first.state_dict())
+    assert held.keys() == dict(second.named_parameters()).keys()
+    for name, parameter in second.named_parameters():
+        assert parameter is held[name]
+    assert torch.equal(second.weight, first.weight)
+
+
 # ---- sparse gradients -----------------------------------------------------------------------------------------------
 
 

@@ -10,7 +10,8 @@ try:
 except ModuleNotFoundError as error:
     raise ImportError("vqrs.torch needs torch 2.4 or newer: pip install 'vqrs[torch]'") from error
 
+from vqrs.torch import onnx
 from vqrs.torch.embedding import Embedding, EmbeddingBag
 from vqrs.torch.training import EMACodebooks, Reassignment
 
-__all__ = ["EMACodebooks", "Embedding", "EmbeddingBag", "Reassignment"]
+__all__ = ["EMACodebooks", "Embedding", "EmbeddingBag", "Reassignment", "onnx"]

@@ -355,9 +355,7 @@ class LevelsDecoder(Decoder):
         if self.description["granularity"] == "row":
             return scale, offset
         size = self.description["block_size"]
-        return tuple(
-            value[:, :, None].expand(-1, -1, size).flatten(1)[:, : self.dim] for value in (scale, offset)
-        )
+        return tuple(value[:, :, None].expand(-1, -1, size).flatten(1)[:, : self.dim] for value in (scale, offset))
 
     def _of_rows(self, name: str, factor: str, ids: Tensor) -> Tensor:
         """What stands beside the codes for these rows, by its real value."""
@@ -660,8 +658,8 @@ class SegmentsDecoder(Decoder):
     def lifted(self, codes: Tensor) -> tuple[Decoder, Tensor]:
         """Refused: a row's number would need tables of its own, larger than its code."""
         raise ValueError(
-            "a table of groups of rows (MixedPrecisionQuantizer) cannot be exported to ONNX: make a module of one kind, "
-            "with from_pretrained(module.weight, method=…)"
+            "a table of groups of rows (MixedPrecisionQuantizer) cannot be exported to ONNX: make a module of one "
+            "kind, with from_pretrained(module.weight, method=…)"
         )
 
 
@@ -722,7 +720,10 @@ class SparseDecoder(Decoder):
     def lifted(self, codes: Tensor) -> tuple[Decoder, Tensor]:
         """The values, and scales of rows, become tensors."""
         n_bytes, dtype, kept = _place_bytes(self.description), self.description["dtype"], self.description["kept"]
-        places, stored = codes[:, :n_bytes].contiguous(), codes[:, n_bytes:].clone(memory_format=torch.contiguous_format)
+        places, stored = (
+            codes[:, :n_bytes].contiguous(),
+            codes[:, n_bytes:].clone(memory_format=torch.contiguous_format),
+        )
         if self.trainable:
             return self, places
         if dtype == "int8":

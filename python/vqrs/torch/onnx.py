@@ -8,7 +8,6 @@ The codes stay bytes in the file, which is about as large as the tables and the 
 from __future__ import annotations
 
 import contextlib
-import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -55,10 +54,9 @@ def export(model: nn.Module, args: Any, f: Any = None, **arguments: Any) -> Any:
 
     Examples
     --------
-    >>> import onnx, os, tempfile, torch, vqrs.torch  # doctest: +SKIP
-    >>> embedding = vqrs.torch.Embedding(1000, 16, method="product", n_subvectors=4, n_bits=4)  # doctest: +SKIP
-    >>> path = os.path.join(tempfile.mkdtemp(), "model.onnx")  # doctest: +SKIP
-    >>> program = vqrs.torch.onnx.export(embedding, (torch.tensor([1, 2]),), path, dynamo=True)  # doctest: +SKIP
+    >>> import torch, vqrs.torch
+    >>> model = vqrs.torch.Embedding(1000, 16, method="product", n_subvectors=4, n_bits=8)
+    >>> vqrs.torch.onnx.export(model, (torch.tensor([1, 2]),), "model.onnx")  # doctest: +SKIP
     """
     with exportable(model):
         return torch.onnx.export(model, args, f, **arguments)
@@ -84,26 +82,28 @@ def exportable(model: nn.Module) -> Iterator[nn.Module]:
     ------
     ValueError
         If a table's form cannot be exported.
+
+    Examples
+    --------
+    >>> import torch, vqrs.torch
+    >>> model = vqrs.torch.Embedding(1000, 16, method="product", n_subvectors=4, n_bits=8)
+    >>> with vqrs.torch.onnx.exportable(model):
+    ...     program = torch.export.export(model, (torch.tensor([1, 2]),))
+    >>> sum("embedding" in str(node.target) for node in program.graph.nodes)  # codes, then codebooks
+    2
     """
     modules = [module for module in model.modules() if isinstance(module, _TableModule)]
     lifted = [module.decoder.lifted(module.codes) for module in modules]
     held = [(module, type(module), module.decoder, module.codes) for module in modules]
     try:
-        for (module, kind, *_), (decoder, codes) in zip(held, lifted, strict=True):
+        for module, (decoder, codes) in zip(modules, lifted, strict=True):
             module.decoder, module.codes = decoder.to(codes.device), codes
-            module.__class__ = _exported(kind)
+            module.__class__ = _GatheredBag if isinstance(module, EmbeddingBag) else _Gathered
         yield model
     finally:
         for module, kind, old_decoder, old_codes in held:
             module.decoder, module.codes = old_decoder, old_codes
             module.__class__ = kind
-
-
-@functools.cache
-def _exported(kind: type[_TableModule]) -> type[_TableModule]:
-    """The class with a ``forward`` of gathers."""
-    forward = _pool if issubclass(kind, EmbeddingBag) else _look_up
-    return type(kind.__name__, (kind,), {"forward": forward, "__module__": kind.__module__})
 
 
 def _rows(module: _TableModule, ids: Tensor) -> Tensor:
@@ -112,32 +112,36 @@ def _rows(module: _TableModule, ids: Tensor) -> Tensor:
     return rows
 
 
-def _look_up(module: Embedding, input: Tensor) -> Tensor:
-    """``Embedding.forward``."""
-    rows = _rows(module, input.reshape(-1)).to(module.dtype)
-    return rows.reshape(*input.shape, module.embedding_dim)
+class _Gathered(Embedding):
+    """An embedding while it is exported."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """As that of ``Embedding``."""
+        rows = _rows(self, input.reshape(-1)).to(self.dtype)
+        return rows.reshape(*input.shape, self.embedding_dim)
 
 
-def _pool(
-    module: EmbeddingBag, input: Tensor, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None
-) -> Tensor:
-    """``EmbeddingBag.forward`` of two-dimensional ids."""
-    if input.dim() != 2 or offsets is not None:
-        raise ValueError(
-            "bags of one-dimensional ids with offsets cannot be exported to ONNX: give ids of shape (n_bags, "
-            "n_ids_of_a_bag), filled up with padding_idx"
-        )
-    weights = module._flat_weights(input, per_sample_weights)
-    rows = _rows(module, input.reshape(-1)).reshape(*input.shape, module.embedding_dim)
-    if weights is not None:
-        rows = rows * weights.to(rows.dtype).reshape(*input.shape, 1)
-    kept = None if module.padding_idx is None else (input != module.padding_idx)[:, :, None]
-    if module.mode == "max":
-        if kept is None:
-            return rows.amax(1).to(module.dtype)
-        least = rows.masked_fill(~kept, float("-inf")).amax(1)
-        return torch.where(kept.any(1), least, 0.0).to(module.dtype)
-    total = (rows if kept is None else rows * kept).sum(1)
-    if module.mode == "mean":
-        total = total / (input.shape[1] if kept is None else kept.sum(1).clamp(min=1))
-    return total.to(module.dtype)
+class _GatheredBag(EmbeddingBag):
+    """A bag while it is exported."""
+
+    def forward(self, input: Tensor, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None) -> Tensor:
+        """As that of ``EmbeddingBag``, of two-dimensional ids."""
+        if input.dim() != 2 or offsets is not None:
+            raise ValueError(
+                "bags of one-dimensional ids with offsets cannot be exported to ONNX: give ids of shape (n_bags, "
+                "n_ids_of_a_bag), filled up with padding_idx"
+            )
+        weights = self._flat_weights(input, per_sample_weights)
+        rows = _rows(self, input.reshape(-1)).reshape(*input.shape, self.embedding_dim)
+        if weights is not None:
+            rows = rows * weights.to(rows.dtype).reshape(*input.shape, 1)
+        kept = None if self.padding_idx is None else (input != self.padding_idx)[:, :, None]
+        if self.mode == "max":
+            if kept is None:
+                return rows.amax(1).to(self.dtype)
+            largest = rows.masked_fill(~kept, float("-inf")).amax(1)
+            return torch.where(kept.any(1), largest, 0.0).to(self.dtype)
+        total = (rows if kept is None else rows * kept).sum(1)
+        if self.mode == "mean":
+            total = total / (input.shape[1] if kept is None else kept.sum(1).clamp(min=1))
+        return total.to(self.dtype)
