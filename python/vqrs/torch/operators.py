@@ -27,7 +27,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from vqrs import _core
 from vqrs.torch.forms import FORMS, Decoder
 
-__all__ = ["describe", "gather", "pool_at", "pool_gathered", "read_bags", "read_rows", "remember"]
+__all__ = ["describe", "gather", "pool_gathered", "read_bags", "read_rows", "remember"]
 
 ID_DTYPES = torch.int32, torch.int64
 _DIRECT = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
@@ -481,7 +481,5 @@ torch.library.register_fake(
     lambda *args: _backward_fake([*args[5], *([] if args[3] is None else [args[3]])]),
     lib=_LIBRARY,
 )
-torch.library.register_autograd(
-    "vqrs::lookup", _differentiate_lookup, setup_context=_keep_lookup, lib=_LIBRARY
-)
+torch.library.register_autograd("vqrs::lookup", _differentiate_lookup, setup_context=_keep_lookup, lib=_LIBRARY)
 torch.library.register_autograd("vqrs::pool", _differentiate_pool, setup_context=_keep_pool, lib=_LIBRARY)
