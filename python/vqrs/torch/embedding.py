@@ -524,7 +524,7 @@ class Embedding(_TableModule):
         _refuse_out(out)
         self._check_ids(input)
         if self._calls_operators():
-            rows: Tensor = torch.ops.vqrs.lookup(input, *self._reads(), self.dtype)
+            rows: Tensor = torch.ops.vqrs.lookup(input, *self._reads(), self.dtype, -1)
             return rows
         return self._gather(input.reshape(-1)).to(self.dtype).reshape(*input.shape, self.embedding_dim)
 

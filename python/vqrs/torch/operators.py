@@ -297,9 +297,9 @@ _LIBRARY = torch.library.Library("vqrs", "DEF")
 _TAGS = (torch.Tag.pt2_compliant_tag,)
 _READS = "Tensor codes, Tensor[] tensors, str decoder"
 for _schema in (
-    f"lookup(Tensor ids, {_READS}, ScalarType dtype, int padding_idx=-1) -> Tensor",
+    f"lookup(Tensor ids, {_READS}, ScalarType dtype, int padding_idx) -> Tensor",
     f"pool(Tensor ids, Tensor offsets, Tensor? per_sample_weights, {_READS}, str mode, ScalarType dtype, "
-    "int padding_idx=-1) -> Tensor",
+    "int padding_idx) -> Tensor",
     f"lookup_backward(Tensor grad, Tensor ids, {_READS}, int padding_idx) -> Tensor[]",
     f"pool_backward(Tensor grad, Tensor ids, Tensor offsets, Tensor? per_sample_weights, {_READS}, str mode, "
     "int padding_idx) -> Tensor[]",
@@ -308,22 +308,22 @@ for _schema in (
 
 
 def _lookup_cpu(
-    ids: Tensor, codes: Tensor, tensors: list[Tensor], decoder: str, dtype: torch.dtype, padding_idx: int = -1
+    ids: Tensor, codes: Tensor, tensors: list[Tensor], decoder: str, dtype: torch.dtype, padding_idx: int
 ) -> Tensor:
     plan = _plan(decoder)
     if plan.trainable:
-        return _lookup_gathered(ids, codes, tensors, decoder, dtype)
+        return _lookup_gathered(ids, codes, tensors, decoder, dtype, padding_idx)
     return read_rows(_table(codes, tensors, decoder), plan.dim, ids, dtype)
 
 
 def _lookup_gathered(
-    ids: Tensor, codes: Tensor, tensors: list[Tensor], decoder: str, dtype: torch.dtype, padding_idx: int = -1
+    ids: Tensor, codes: Tensor, tensors: list[Tensor], decoder: str, dtype: torch.dtype, padding_idx: int
 ) -> Tensor:
     return gather(ids, codes, tensors, decoder).to(dtype)
 
 
 def _lookup_fake(
-    ids: Tensor, codes: Tensor, tensors: list[Tensor], decoder: str, dtype: torch.dtype, padding_idx: int = -1
+    ids: Tensor, codes: Tensor, tensors: list[Tensor], decoder: str, dtype: torch.dtype, padding_idx: int
 ) -> Tensor:
     return ids.new_empty((*ids.shape, _plan(decoder).dim), dtype=dtype)
 
@@ -337,7 +337,7 @@ def _pool_cpu(
     decoder: str,
     mode: str,
     dtype: torch.dtype,
-    padding_idx: int = -1,
+    padding_idx: int,
 ) -> Tensor:
     plan = _plan(decoder)
     if plan.trainable:
@@ -365,7 +365,7 @@ def _pool_all(
     decoder: str,
     mode: str,
     dtype: torch.dtype,
-    padding_idx: int = -1,
+    padding_idx: int,
 ) -> Tensor:
     rows = gather(ids, codes, tensors, decoder)
     padding = padding_idx if padding_idx >= 0 else None
@@ -381,7 +381,7 @@ def _pool_fake(
     decoder: str,
     mode: str,
     dtype: torch.dtype,
-    padding_idx: int = -1,
+    padding_idx: int,
 ) -> Tensor:
     return ids.new_empty((offsets.shape[0], _plan(decoder).dim), dtype=dtype)
 
