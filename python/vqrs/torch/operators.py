@@ -32,7 +32,6 @@ __all__ = ["describe", "gather", "pool_gathered", "read_bags", "read_rows", "rem
 ID_DTYPES = torch.int32, torch.int64
 _DIRECT = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 """What the compiled core writes; float64 is a cast of float32."""
-_MODES = "sum", "mean", "max"
 
 # ---- rows of a table, between addresses -----------------------------------------------------------------------------
 
@@ -236,13 +235,14 @@ def pool_gathered(
     rows: Tensor, ids: Tensor, offsets: Tensor, weights: Tensor | None, mode: str, padding_idx: int | None
 ) -> Tensor:
     """Bags by torch's own operators: its embedding bag over decoded rows, each of which is used once."""
+    if weights is not None:  # torch 2.4's embedding bag fails where the weights have a gradient and the rows none
+        rows = rows * weights.to(rows.dtype)[:, None]
     places = torch.arange(len(ids), device=ids.device)
     padding = None
     if padding_idx is not None:  # one row of zeros in front stands for all padding
         rows, padding = F.pad(rows, (0, 0, 1, 0)), 0
         places = torch.where(ids == padding_idx, 0, places + 1)
-    factors = None if weights is None else weights.to(rows.dtype)
-    return F.embedding_bag(places, rows, offsets, mode=mode, per_sample_weights=factors, padding_idx=padding)
+    return F.embedding_bag(places, rows, offsets, mode=mode, padding_idx=padding)
 
 
 # ---- tables of codes and tensors -----------------------------------------------------------------------------------
