@@ -191,7 +191,7 @@ class Table:
         ids: int,
         count: int,
         wide: bool,
-        offsets: int,
+        offsets: int | None,
         bags: int,
         weights: int | None,
         mode: Literal["sum", "mean", "max"],
@@ -199,7 +199,7 @@ class Table:
         dtype: str,
         n_jobs: int | None,
     ) -> None:
-        """``pool`` between addresses: offsets are int64, weights float32."""
+        """``pool`` between addresses: offsets are int64 (None: bags of equal size), weights float32."""
     def search(
         self,
         queries: NDArray[np.float32],

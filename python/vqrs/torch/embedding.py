@@ -257,12 +257,14 @@ class _TableModule(nn.Module):
     # ---- reading -----------------------------------------------------------------------------------------------
 
     def _calls_operators(self) -> bool:
-        """Whether a program that is being traced is to call the operators: on the CPU, where they are one kernel.
+        """Whether rows come from the operators: in programs traced for the CPU, and on CUDA devices in eager use.
 
-        Elsewhere, and for trainable values, torch's own gathers are fused into what stands around them.
+        In programs for other devices, and for trainable values, torch's own gathers are fused into what stands around.
         """
+        if self.trainable or not self._operators or torch.jit.is_tracing():
+            return False
         traced = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
-        return self._reads_core and self._operators and traced and not torch.jit.is_tracing()
+        return self._reads_core if traced else self.codes.is_cuda
 
     def _reads(self) -> tuple[Tensor, list[Tensor], str]:
         """What the operators read: codes, the decoder's tensors, and the text that describes them."""
@@ -586,7 +588,7 @@ class EmbeddingBag(_TableModule):
             device=device,
             dtype=dtype,
         )
-        self.mode = mode
+        self.mode: Literal["sum", "mean", "max"] = mode
         self.include_last_offset = include_last_offset
 
     def forward(
@@ -624,6 +626,8 @@ class EmbeddingBag(_TableModule):
             If ids are neither int32 nor int64, or offsets no integers.
         """
         eager = self._reads_core and _is_eager(input)
+        if eager and input.dim() == 2 and offsets is None and per_sample_weights is None and self.padding_idx is None:
+            return read_bags(self._core, self.embedding_dim, input, None, None, self.mode, self._row_dtype, out)
         if not eager or self.padding_idx is not None or input.dtype not in ID_DTYPES:
             self._check_ids(input)  # else the core looks at them, in the same pass
         offsets = self._bag_offsets(input, offsets)

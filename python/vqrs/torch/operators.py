@@ -17,7 +17,7 @@ import json
 import math
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -32,6 +32,8 @@ __all__ = ["describe", "gather", "pool_gathered", "read_bags", "read_rows", "rem
 ID_DTYPES = torch.int32, torch.int64
 _DIRECT = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 """What the compiled core writes; float64 is a cast of float32."""
+
+Mode = Literal["sum", "mean", "max"]
 
 # ---- rows of a table, between addresses -----------------------------------------------------------------------------
 
@@ -80,9 +82,9 @@ def read_bags(
     table: _core.Table,
     dim: int,
     ids: Tensor,
-    offsets: Tensor,
+    offsets: Tensor | None,
     weights: Tensor | None,
-    mode: str,
+    mode: Mode,
     dtype: torch.dtype,
     out: Tensor | None = None,
 ) -> Tensor:
@@ -93,10 +95,10 @@ def read_bags(
     table : vqrs._core.Table
     dim : int
         Columns of the table.
-    ids : int32 or int64 CPU tensor of shape (n_ids,)
-    offsets : int64 CPU tensor of shape (n_bags,)
+    ids : int32 or int64 CPU tensor of shape (n_ids,), or (n_bags, n_ids_of_a_bag) without offsets
+    offsets : int64 CPU tensor of shape (n_bags,), optional
         Where each bag begins.
-    weights : float CPU tensor of shape (n_ids,), optional
+    weights : float CPU tensor of the shape of ids, optional
         Of ``mode="sum"`` or ``"mean"``.
     mode : {"sum", "mean", "max"}
     dtype : torch.dtype
@@ -115,27 +117,32 @@ def read_bags(
     ValueError
         If offsets do not begin at 0 or fall.
     """
-    if ids.dtype not in ID_DTYPES:
-        raise TypeError(f"ids must be a tensor of int32 or int64, not {ids.dtype}")
-    ids, offsets = ids.contiguous(), offsets.to(torch.int64).contiguous()
-    factors = None if weights is None else weights.detach().to(torch.float32).contiguous()
-    if factors is not None and factors.numel() != ids.numel():
-        raise ValueError(f"there are {factors.numel()} weights for {ids.numel()} ids: give one for each")
+    ids_dtype = ids.dtype
+    if ids_dtype is not torch.int64 and ids_dtype is not torch.int32:
+        raise TypeError(f"ids must be a tensor of int32 or int64, not {ids_dtype}")
+    if not ids.is_contiguous():
+        ids = ids.contiguous()
+    count, n_bags = ids.numel(), len(ids) if offsets is None else len(offsets)
+    if offsets is not None:
+        offsets = offsets.to(torch.int64).contiguous()
+    if weights is not None:
+        if weights.numel() != count:
+            raise ValueError(f"there are {weights.numel()} weights for {count} ids: give one for each")
+        weights = weights.detach().to(torch.float32).contiguous()
     if out is None:
         name = _DIRECT.get(dtype)
         if name is None:
-            return read_bags(table, dim, ids, offsets, factors, mode, torch.float32).to(dtype)
-        out = ids.new_empty((len(offsets), dim), dtype=dtype)
+            return read_bags(table, dim, ids, offsets, weights, mode, torch.float32).to(dtype)
+        out = ids.new_empty((n_bags, dim), dtype=dtype)
     else:
-        name = _checked_out(out, (len(offsets), dim))
-    count = ids.numel()
+        name = _checked_out(out, (n_bags, dim))
     table.pool_at(
         ids.data_ptr(),
         count,
-        ids.dtype is torch.int64,
-        offsets.data_ptr(),
-        len(offsets),
-        None if factors is None else factors.data_ptr(),
+        ids_dtype is torch.int64,
+        None if offsets is None else offsets.data_ptr(),
+        n_bags,
+        None if weights is None else weights.data_ptr(),
         mode,
         out.data_ptr(),
         name,
@@ -148,10 +155,10 @@ def _checked_out(out: Tensor, shape: tuple[int, ...]) -> str:
     """The name of the dtype of a tensor to fill, once it is one that can be filled."""
     name = _DIRECT.get(out.dtype)
     if name is None or out.shape != shape or not out.is_cpu or not out.is_contiguous() or out.requires_grad:
+        found = f"{out.dtype} of shape {tuple(out.shape)} and strides {out.stride()} on {out.device}"
         raise ValueError(
-            f"out is {'not contiguous, ' if not out.is_contiguous() else ''}{out.dtype} of shape {tuple(out.shape)} on "
-            f"{out.device}{', with a gradient' if out.requires_grad else ''}; expected a contiguous CPU tensor of shape "
-            f"{shape} and float32, float16 or bfloat16 without one"
+            f"out is {found}{', which requires a gradient' if out.requires_grad else ''}; expected a contiguous CPU "
+            f"tensor of shape {tuple(shape)} and float32, float16 or bfloat16, without a gradient"
         )
     return name
 
@@ -335,13 +342,13 @@ def _pool_cpu(
     codes: Tensor,
     tensors: list[Tensor],
     decoder: str,
-    mode: str,
+    mode: Mode,
     dtype: torch.dtype,
     padding_idx: int,
 ) -> Tensor:
     plan = _plan(decoder)
     if plan.trainable:
-        return _pool_all(ids, offsets, per_sample_weights, codes, tensors, decoder, mode, dtype, padding_idx)
+        return _pool_gathered(ids, offsets, per_sample_weights, codes, tensors, decoder, mode, dtype, padding_idx)
     if padding_idx >= 0:
         ids, offsets, per_sample_weights = without_padding(ids, offsets, per_sample_weights, padding_idx)
     return read_bags(_table(codes, tensors, decoder), plan.dim, ids, offsets, per_sample_weights, mode, dtype)
@@ -356,7 +363,7 @@ def without_padding(
     return ids[kept], offsets, None if weights is None else weights[kept]
 
 
-def _pool_all(
+def _pool_gathered(
     ids: Tensor,
     offsets: Tensor,
     per_sample_weights: Tensor | None,
@@ -368,6 +375,51 @@ def _pool_all(
     padding_idx: int,
 ) -> Tensor:
     rows = gather(ids, codes, tensors, decoder)
+    padding = padding_idx if padding_idx >= 0 else None
+    return pool_gathered(rows, ids, offsets, per_sample_weights, mode, padding).to(dtype)
+
+
+@functools.cache
+def _triton() -> Any:
+    """The Triton kernels; None where Triton is not installed."""
+    try:
+        from vqrs.torch import triton_kernels
+    except ImportError:
+        return None
+    return triton_kernels
+
+
+def _read_cuda(ids: Tensor, codes: Tensor, tensors: list[Tensor], decoder: str, dtype: torch.dtype) -> Tensor:
+    """Rows on a CUDA device: by a Triton kernel where the form has one."""
+    plan = _plan(decoder)
+    if not plan.trainable and _triton() is not None:
+        values = dict(zip(plan.stored, tensors, strict=False))
+        rows: Tensor | None = _triton().lookup(ids, codes, plan.description, values, dtype)
+        if rows is not None:
+            return rows
+    return gather(ids, codes, tensors, decoder).to(dtype)
+
+
+def _lookup_cuda(
+    ids: Tensor, codes: Tensor, tensors: list[Tensor], decoder: str, dtype: torch.dtype, padding_idx: int
+) -> Tensor:
+    return _read_cuda(ids, codes, tensors, decoder, dtype)
+
+
+def _pool_cuda(
+    ids: Tensor,
+    offsets: Tensor,
+    per_sample_weights: Tensor | None,
+    codes: Tensor,
+    tensors: list[Tensor],
+    decoder: str,
+    mode: str,
+    dtype: torch.dtype,
+    padding_idx: int,
+) -> Tensor:
+    if _plan(decoder).trainable:
+        return _pool_gathered(ids, offsets, per_sample_weights, codes, tensors, decoder, mode, dtype, padding_idx)
+    rows = _read_cuda(ids, codes, tensors, decoder, torch.float32)
     padding = padding_idx if padding_idx >= 0 else None
     return pool_gathered(rows, ids, offsets, per_sample_weights, mode, padding).to(dtype)
 
@@ -468,9 +520,11 @@ def _differentiate_pool(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 
 _LIBRARY.impl("lookup", _lookup_cpu, "CPU")
 _LIBRARY.impl("pool", _pool_cpu, "CPU")
-for _device in ("CUDA", "MPS", "XPU"):
+_LIBRARY.impl("lookup", _lookup_cuda, "CUDA")
+_LIBRARY.impl("pool", _pool_cuda, "CUDA")
+for _device in ("MPS", "XPU"):
     _LIBRARY.impl("lookup", _lookup_gathered, _device)
-    _LIBRARY.impl("pool", _pool_all, _device)
+    _LIBRARY.impl("pool", _pool_gathered, _device)
 _LIBRARY.impl("lookup_backward", _lookup_backward, "CompositeExplicitAutograd")
 _LIBRARY.impl("pool_backward", _pool_backward, "CompositeExplicitAutograd")
 torch.library.register_fake("vqrs::lookup", _lookup_fake, lib=_LIBRARY)

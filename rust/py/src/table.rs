@@ -424,7 +424,7 @@ impl Table {
         ids: usize,
         count: usize,
         wide: bool,
-        offsets: usize,
+        offsets: Option<usize>,
         bags: usize,
         weights: Option<usize>,
         mode: &str,
@@ -433,7 +433,16 @@ impl Table {
         n_jobs: Option<i64>,
     ) -> PyResult<()> {
         let (table, pooling) = (self.get()?, pooling(mode)?);
-        let (ids, offsets) = (address::ids(ids, count, wide)?, address::values(offsets, bags)?);
+        let ids = address::ids(ids, count, wide)?;
+        let equal: Vec<i64>;
+        let offsets = match offsets {
+            Some(offsets) => address::values(offsets, bags)?,
+            None => {
+                let size = count / bags.max(1);
+                equal = (0..bags).map(|bag| (bag * size) as i64).collect();
+                &equal
+            }
+        };
         let weights = weights.map(|weights| address::values(weights, count)).transpose()?;
         let out = address::output(out, bags.saturating_mul(table.dim()), dtype)?;
         let ctx = Context::new(n_jobs, 0);
