@@ -12,13 +12,15 @@ A process that loads an exported program must ``import vqrs.torch`` first, which
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import math
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -70,7 +72,7 @@ def read_rows(table: _core.Table, dim: int, ids: Tensor, dtype: torch.dtype, out
         name = _DIRECT.get(dtype)
         if name is None:
             return read_rows(table, dim, ids, torch.float32).to(dtype)
-        out = ids.new_empty((*ids.shape, dim), dtype=dtype)
+        out = _fresh(ids, (*ids.shape, dim), dtype)
     else:
         name = _checked_out(out, (*ids.shape, dim))
     count = ids.numel()
@@ -133,7 +135,7 @@ def read_bags(
         name = _DIRECT.get(dtype)
         if name is None:
             return read_bags(table, dim, ids, offsets, weights, mode, torch.float32).to(dtype)
-        out = ids.new_empty((n_bags, dim), dtype=dtype)
+        out = _fresh(ids, (n_bags, dim), dtype)
     else:
         name = _checked_out(out, (n_bags, dim))
     table.pool_at(
@@ -149,6 +151,20 @@ def read_bags(
         _threads(count * dim),
     )
     return out
+
+
+_LARGE = 32 << 20
+"""Bytes from which the C library maps fresh pages for each result: then in large pages, which numpy asks for."""
+
+
+def _fresh(ids: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Memory for rows, on 64 bytes, so that they can be written past the cache."""
+    n_bytes = math.prod(shape) * dtype.itemsize
+    if n_bytes < _LARGE:
+        return ids.new_empty(shape, dtype=dtype)
+    memory = np.empty(n_bytes + 64, np.uint8)
+    begin = -memory.ctypes.data % 64
+    return torch.from_numpy(memory[begin : begin + n_bytes]).view(dtype).view(shape)
 
 
 def _checked_out(out: Tensor, shape: tuple[int, ...]) -> str:
@@ -235,7 +251,7 @@ def gather(ids: Tensor, codes: Tensor, tensors: Sequence[Tensor], decoder: str) 
     read = F.embedding(flat, codes) if module.rows_apart else codes
     values = dict(zip(plan.stored + plan.derived, tensors, strict=True))
     rows: Tensor = torch.func.functional_call(module, values, (read, flat))
-    return rows.reshape(*ids.shape, plan.dim)
+    return rows.reshape(*ids.shape, plan.dim).contiguous()
 
 
 def pool_gathered(
@@ -441,15 +457,29 @@ def _pool_fake(
 def _gradients(grad: Tensor, make: Callable[[list[Tensor]], Tensor], inputs: list[Tensor]) -> list[Tensor]:
     """Of the float tensors among the inputs, and something empty for the others: the gathers' own."""
     leaves = [value.detach().requires_grad_(value.is_floating_point()) for value in inputs]
-    with torch.enable_grad():
+    if not any(leaf.requires_grad for leaf in leaves):
+        return [leaf.new_empty(0) for leaf in leaves]
+    with _autograd():
         result = make(leaves)
-    wanted = [leaf for leaf in leaves if leaf.requires_grad]
-    found = iter(torch.autograd.grad(result, wanted, grad.to(result.dtype), allow_unused=True))
+        wanted = [leaf for leaf in leaves if leaf.requires_grad]
+        found = iter(torch.autograd.grad(result, wanted, grad.to(result.dtype), allow_unused=True))
     made = []
     for leaf in leaves:
         value = next(found) if leaf.requires_grad else leaf.new_empty(0)
         made.append(torch.zeros_like(leaf) if value is None else value)
     return made
+
+
+@contextlib.contextmanager
+def _autograd() -> Iterator[None]:
+    """Autograd, also where the operator was called below it, as torch's own checks and modes do."""
+    keys = torch._C.DispatchKey
+    excluded = torch._C._dispatch_tls_local_exclude_set()
+    for key in (keys.AutogradFunctionality, keys.AutogradOther, keys.AutogradNestedTensor, keys.ADInplaceOrView):
+        excluded = excluded.remove(key)
+    included = torch._C._dispatch_tls_local_include_set()
+    with torch._C._ForceDispatchKeyGuard(included, excluded), torch.enable_grad():
+        yield
 
 
 def _lookup_backward(
