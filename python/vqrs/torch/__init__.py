@@ -11,5 +11,6 @@ except ModuleNotFoundError as error:
     raise ImportError("vqrs.torch needs torch 2.4 or newer: pip install 'vqrs[torch]'") from error
 
 from vqrs.torch.embedding import Embedding, EmbeddingBag
+from vqrs.torch.training import EMACodebooks, Reassignment
 
-__all__ = ["Embedding", "EmbeddingBag"]
+__all__ = ["EMACodebooks", "Embedding", "EmbeddingBag", "Reassignment"]

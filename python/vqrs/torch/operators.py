@@ -295,11 +295,12 @@ def _table(codes: Tensor, tensors: Sequence[Tensor], decoder: str) -> _core.Tabl
     plan = _plan(decoder)
     values = dict(zip(plan.stored, tensors, strict=False))
     module = FORMS[plan.description["form"]](plan.description, values, False)
-    stored, _ = module.stored_values(codes)
     described = json.dumps({"kind": "", "parameters": {}, "decoder": plan.description})
     # A view of the same memory, which keeps no reference to the tensor that is the key.
     read = codes.detach().contiguous().numpy()
-    table = _core.Table.from_parts(described, as_arrays(stored), read, errors={"relative": math.nan}, borrow=True)
+    table = _core.Table.from_parts(
+        described, as_arrays(module.stored_tensors()), read, errors={"relative": math.nan}, borrow=True
+    )
     _TABLES[codes] = decoder, stamp, table
     return table
 
