@@ -11,5 +11,22 @@ except ModuleNotFoundError as error:
     raise ImportError("vqrs.torch needs torch 2.4 or newer: pip install 'vqrs[torch]'") from error
 
 from vqrs.torch.embedding import Embedding, EmbeddingBag
+from vqrs.torch.model import (
+    CompressedModule,
+    CompressionReport,
+    ScaledEmbedding,
+    TiedLinear,
+    compress_,
+    decompress_,
+)
 
-__all__ = ["Embedding", "EmbeddingBag"]
+__all__ = [
+    "CompressedModule",
+    "CompressionReport",
+    "Embedding",
+    "EmbeddingBag",
+    "ScaledEmbedding",
+    "TiedLinear",
+    "compress_",
+    "decompress_",
+]
