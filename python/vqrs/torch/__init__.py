@@ -19,6 +19,7 @@ from vqrs.torch.model import (
     compress_,
     decompress_,
 )
+from vqrs.torch.pretrained import from_pretrained, load_state_dict_, register_with_transformers, save_pretrained
 
 __all__ = [
     "CompressedModule",
@@ -29,4 +30,8 @@ __all__ = [
     "TiedLinear",
     "compress_",
     "decompress_",
+    "from_pretrained",
+    "load_state_dict_",
+    "register_with_transformers",
+    "save_pretrained",
 ]
