@@ -10,6 +10,7 @@ try:
 except ModuleNotFoundError as error:
     raise ImportError("vqrs.torch needs torch 2.4 or newer: pip install 'vqrs[torch]'") from error
 
+from vqrs.torch.distillation import Distillation, distill, output_loss
 from vqrs.torch.embedding import Embedding, EmbeddingBag
 
-__all__ = ["Embedding", "EmbeddingBag"]
+__all__ = ["Distillation", "Embedding", "EmbeddingBag", "distill", "output_loss"]
