@@ -349,7 +349,7 @@ def _forward(model: Any, batch: Any) -> Any:
 def _moved(values: Any, device: torch.device) -> Any:
     """The same with its tensors on the device, in mappings (as plain ones), tuples and lists."""
     if isinstance(values, Tensor):
-        return values.to(device, non_blocking=True)
+        return values.to(device)
     if isinstance(values, Mapping):
         return {key: _moved(value, device) for key, value in values.items()}
     if isinstance(values, (tuple, list)):
