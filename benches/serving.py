@@ -26,7 +26,7 @@ FIELDS = ("Rss", "Pss", "Private_Dirty", "Anonymous")
 def main() -> None:
     """Writes the tables, runs every way of serving, prints what a worker took."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rows", type=int, default=500_000)
+    parser.add_argument("--rows", type=int, default=1_000_000)
     parser.add_argument("--columns", type=int, default=64)
     parser.add_argument("--workers", type=int, default=4)
     options = parser.parse_args()

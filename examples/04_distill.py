@@ -55,8 +55,8 @@ def report(step: str, model: Classifier, teacher: Classifier, test: Texts, nbyte
     agreement = (answers.argmax(1) == whole.argmax(1)).float().mean()
     distance = vqrs.torch.output_loss(answers, whole)
     print(
-        f"{step:26} table {nbytes / 1024:6.0f} KiB   accuracy {accuracy:.1%}   answers as the whole model {agreement:.1%}"
-        f"   distance of the outputs {distance:.3f}"
+        f"{step:26} table {nbytes / 1024:6.0f} KiB   accuracy {accuracy:.1%}   "
+        f"answers as the whole model {agreement:.1%}   distance of the outputs {distance:.3f}"
     )
 
 

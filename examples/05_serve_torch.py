@@ -1,10 +1,10 @@
 """Serve a torch model from several processes that map one table: DataLoader workers, and workers behind a preload.
 
-The table is a file. Every process that opens it, and every worker that is forked from one that did, maps the same pages:
-a worker more costs what it computes with, not another table.
+The table is a file. Every process that opens it, and every worker that is forked from one that did, maps the same
+pages: a worker more costs what it computes with, not another table.
 
-Torch's own threads do not survive a fork: a worker that runs a large torch operator after its parent did waits for ever.
-A DataLoader knows that and gives its workers one thread. Where you fork (gunicorn with ``preload_app``, uWSGI,
+Torch's own threads do not survive a fork: a worker that runs a large torch operator after its parent did waits for
+ever. A DataLoader knows that and gives its workers one thread. Where you fork (gunicorn with ``preload_app``, uWSGI,
 multiprocessing), say ``torch.set_num_threads(1)`` before the model is loaded, or first thing in the worker. The lookups
 of vqrs have threads of their own, which are made anew after a fork.
 
