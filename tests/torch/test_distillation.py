@@ -353,6 +353,15 @@ def test_the_number_of_steps(epochs: int | None, max_steps: int | None, expected
     assert told == [(step + 1, expected) for step in range(expected)]
 
 
+def test_the_end_is_measured_whatever_the_interval() -> None:
+    teacher = make_teacher()
+    result = distill(make_student(teacher), teacher, batches(), epochs=2, measure_every=5)
+    assert [entry["step"] for entry in result.history] == [0, 5, 10, 12]
+    assert result.best_step == 12
+    assert str(result).startswith("loss 0.")
+    assert f"after step 12 of 12; {result.tuned['embedding.decoder.codebooks_0']:,} values tuned" in str(result)
+
+
 def test_a_loader_that_cannot_tell_its_length() -> None:
     class Stream:
         def __iter__(self) -> Iterator[Tensor]:

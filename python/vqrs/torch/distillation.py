@@ -48,6 +48,11 @@ class Distillation:
         Number of values of each parameter that was tuned, by its name in the student.
     left : list of str
         Tables that have nothing to train, such as those of float16.
+
+    Examples
+    --------
+    >>> print(vqrs.torch.Distillation(0.2, 0.1, 40, 30, history=[], tuned={"0.decoder.codebooks_0": 1024}))
+    loss 0.2 before, 0.1 after step 30 of 40; 1,024 values tuned
     """
 
     loss_before: float
@@ -57,6 +62,10 @@ class Distillation:
     history: list[dict[str, Any]] = field(repr=False)
     tuned: dict[str, int] = field(repr=False)
     left: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        after = f"{self.loss_after:.4g} after step {self.best_step} of {self.n_steps}"
+        return f"loss {self.loss_before:.4g} before, {after}; {sum(self.tuned.values()):,} values tuned"
 
 
 def distill(
@@ -99,7 +108,8 @@ def distill(
         ``loss(student_output, teacher_output, batch)``, a scalar tensor: the task's own loss, for example. None:
         :func:`output_loss`, the squared error of all outputs relative to the teacher's.
     validation : iterable of batches, optional
-        What the student is measured on. None: the first 8 batches of ``loader``, which are trained on as well.
+        What the student is measured on, by the mean of the batches' losses; read once and held. None: the first 8
+        batches of ``loader``, which are trained on as well.
     layers : str, sequence of str or callable, optional
         What is tuned beside the tables: names of modules or parameters of the student, in which ``*`` stands for
         anything (``"encoder.layer.0"``, ``"*.LayerNorm"``), or ``layers(name, parameter)``, true where to tune.
@@ -111,7 +121,7 @@ def distill(
     max_steps : int, optional
         Most steps.
     measure_every : int, optional
-        Steps between two measurements. None: an epoch.
+        Steps between two measurements. None: an epoch. The end is measured as well.
     patience : int, optional
         Measurements in a row without a new best, after which tuning stops early. None: it does not.
     max_norm : float, optional
@@ -224,7 +234,7 @@ def distill(
             rates = [group["lr"] for group in steps.param_groups]
             with printed_progress("distill", bool(progress) and not callable(progress)) as line:
                 tell = progress if callable(progress) else line
-                for batch, epoch_ends in _batches(loader, epochs, max_steps):
+                for batch, epoch_ends, all_ends in _batches(loader, epochs, max_steps):
                     for group, rate in zip(steps.param_groups, rates, strict=True):
                         group["lr"] = rate * (1 - n_steps / total if total else 1)
                     loss_value = loss_of(batch)
@@ -242,7 +252,7 @@ def distill(
                     losses.append(float(loss_value.detach()))
                     if tell is not None:
                         tell(f"loss {losses[-1]:.4g}, step", n_steps, total or n_steps)
-                    if not (epoch_ends if measure_every is None else n_steps % measure_every == 0):
+                    if not (all_ends or (epoch_ends if measure_every is None else n_steps % measure_every == 0)):
                         continue
                     found = measure()
                     history.append({"step": n_steps, "training": math.fsum(losses) / len(losses), "validation": found})
@@ -421,10 +431,10 @@ def _number_of_steps(loader: Any, epochs: int | None, max_steps: int | None) -> 
     return whole if max_steps is None else min(whole, max_steps)
 
 
-def _batches(loader: Iterable[Any], epochs: int | None, max_steps: int | None) -> Iterator[tuple[Any, bool]]:
-    """Batches, and whether something ends with each: an epoch, or the steps."""
-    n_steps = 0
-    for _ in itertools.count() if epochs is None and max_steps is not None else range(epochs or 1):
+def _batches(loader: Iterable[Any], epochs: int | None, max_steps: int | None) -> Iterator[tuple[Any, bool, bool]]:
+    """Batches, whether an epoch ends with each, and whether all ends."""
+    n_steps, n_epochs = 0, epochs or (math.inf if max_steps is not None else 1)
+    for epoch in itertools.count(1):
         batches = iter(loader)
         batch = next(batches, None)
         if batch is None:
@@ -432,8 +442,9 @@ def _batches(loader: Iterable[Any], epochs: int | None, max_steps: int | None) -
         while batch is not None:
             following = next(batches, None)
             n_steps += 1
-            yield batch, following is None or n_steps == max_steps
-            if n_steps == max_steps:
+            all_ends = n_steps == max_steps or (following is None and epoch == n_epochs)
+            yield batch, following is None, all_ends
+            if all_ends:
                 return
             batch = following
 
