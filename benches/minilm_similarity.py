@@ -55,7 +55,6 @@ class Run(NamedTuple):
     """By the roots of the tokens' frequencies."""
     epochs: int = 0
     """Of distillation; 0: none."""
-    layers: str | None = None
 
 
 RUNS = {
@@ -65,7 +64,6 @@ RUNS = {
     "32×, by frequency": Run({"ratio": 32}, weighted=True),
     "32×, distilled": Run({"ratio": 32}, epochs=2),
     "32×, by frequency, distilled": Run({"ratio": 32}, weighted=True, epochs=2),
-    "32×, distilled with the LayerNorm behind": Run({"ratio": 32}, epochs=2, layers="embeddings.LayerNorm"),
 }
 
 
@@ -159,7 +157,6 @@ def measure(names: list[str]) -> None:
                 train.shuffled(0),
                 validation=trial.batches,
                 forward=embed,
-                layers=run.layers,
                 epochs=run.epochs,
                 progress=True,
             )

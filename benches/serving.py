@@ -181,13 +181,14 @@ def _loaders(model: Any, paths: dict[str, str], n_workers: int) -> list[dict[str
 
 
 def _look_up_all(model: Any, seed: int) -> tuple[Any, Any]:
-    """Every row once, in random order and batches; some ids with their rows, to be checked."""
+    """Every row once, by batches in random order (of neighbours, so that ids take no memory); the last one's rows."""
     import torch
 
+    rng = np.random.default_rng(seed)
     n_rows = getattr(model, "num_embeddings", BATCH)
-    order = torch.from_numpy(np.random.default_rng(seed).permutation(n_rows))
     with torch.inference_mode():
-        for ids in order[: n_rows // BATCH * BATCH].split(BATCH):
+        for batch in rng.permutation(n_rows // BATCH):
+            ids = torch.from_numpy(batch * BATCH + rng.permutation(BATCH))
             rows = model(ids)
     return ids.numpy(), rows.numpy()
 
