@@ -10,6 +10,7 @@ try:
 except ModuleNotFoundError as error:
     raise ImportError("vqrs.torch needs torch 2.4 or newer: pip install 'vqrs[torch]'") from error
 
+from vqrs.torch.distillation import Distillation, distill, output_loss
 from vqrs.torch.embedding import Embedding, EmbeddingBag
 from vqrs.torch.model import (
     CompressedModule,
@@ -25,6 +26,7 @@ from vqrs.torch.training import EMACodebooks, Reassignment
 __all__ = [
     "CompressedModule",
     "CompressionReport",
+    "Distillation",
     "EMACodebooks",
     "Embedding",
     "EmbeddingBag",
@@ -33,8 +35,10 @@ __all__ = [
     "TiedLinear",
     "compress_",
     "decompress_",
+    "distill",
     "from_pretrained",
     "load_state_dict_",
+    "output_loss",
     "register_with_transformers",
     "save_pretrained",
 ]
