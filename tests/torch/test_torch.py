@@ -364,7 +364,9 @@ def test_bags_equal_torchs(
     ids = torch.tensor([1, 4, 1, 9, 1, 1, 299, 8, 8], dtype=dtype)
     offsets = torch.tensor([0, 3, 3, 4, 6, 9], dtype=dtype)  # an empty bag, a bag of padding alone
     torch.testing.assert_close(bag(ids, offsets), own(ids, offsets))
-    torch.testing.assert_close(bag(ids.reshape(3, 3)), own(ids.reshape(3, 3)))
+    # torch 2.4 leaves out the last of two-dimensional bags where include_last_offset is set.
+    of_rows = nn.EmbeddingBag.from_pretrained(decoded(table), **(arguments | {"include_last_offset": False}))
+    torch.testing.assert_close(bag(ids.reshape(3, 3)), of_rows(ids.reshape(3, 3)))
     none = torch.tensor([], dtype=dtype)
     torch.testing.assert_close(bag(none, torch.zeros(3, dtype=dtype)), own(none, torch.zeros(3, dtype=dtype)))
     assert torch.equal(bag(torch.zeros(2, 0, dtype=dtype)), torch.zeros(2, DIM))
@@ -372,7 +374,7 @@ def test_bags_equal_torchs(
         weights = torch.linspace(-1, 2, 9)
         torch.testing.assert_close(bag(ids, offsets, weights), own(ids, offsets, weights))
         grid = weights.reshape(3, 3)
-        torch.testing.assert_close(bag(ids.reshape(3, 3), None, grid), own(ids.reshape(3, 3), None, grid))
+        torch.testing.assert_close(bag(ids.reshape(3, 3), None, grid), of_rows(ids.reshape(3, 3), None, grid))
 
 
 def test_sample_weights_get_their_gradient(trainable: bool) -> None:
@@ -381,7 +383,8 @@ def test_sample_weights_get_their_gradient(trainable: bool) -> None:
     gradients = []
     for bag in (
         vqrs.torch.EmbeddingBag.from_table(table, mode="sum", padding_idx=4, trainable=trainable),
-        nn.EmbeddingBag.from_pretrained(decoded(table), mode="sum", padding_idx=4),
+        # Not frozen: torch 2.4 fails where weights have a gradient and rows none.
+        nn.EmbeddingBag.from_pretrained(decoded(table), freeze=False, mode="sum", padding_idx=4),
     ):
         weights = torch.ones(4, requires_grad=True)
         bag(ids, offsets, weights).square().sum().backward()

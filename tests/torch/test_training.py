@@ -302,7 +302,7 @@ def test_offsets_that_are_no_integers_are_refused(trainable: bool, include_last_
     bag = vqrs.torch.EmbeddingBag.from_table(
         TABLES["levels-row-int4-v1"], trainable=trainable, include_last_offset=include_last_offset
     )
-    with pytest.raises(TypeError, match=r"offsets must be int32 or int64, not torch\.float32"):
+    with pytest.raises(TypeError, match=r"offsets must be a tensor of int32 or int64, not torch\.float32"):
         bag(torch.tensor([1, 2, 3]), torch.tensor([0.0, 3.0]))
 
 

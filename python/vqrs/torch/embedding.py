@@ -19,14 +19,21 @@ import vqrs
 from vqrs import _core
 from vqrs.torch import training
 from vqrs.torch.forms import FORMS, Decoder, decoder_from_parts
+from vqrs.torch.operators import (
+    ID_DTYPES,
+    as_arrays,
+    describe,
+    pool_gathered,
+    read_bags,
+    read_rows,
+    remember,
+    without_padding,
+)
 from vqrs.torch.training import Reassignment
 
 __all__ = ["Embedding", "EmbeddingBag"]
 
 Self = TypeVar("Self", bound="_TableModule")
-_ID_DTYPES = torch.int32, torch.int64
-_DIRECT = {torch.float16: "float16", torch.bfloat16: "bfloat16"}
-"""What the compiled core writes beside float32; float64 is a cast of that."""
 BLOCK = 65_536
 """Rows that are decoded at once where all are wanted: bounds the memory that unpacked codes take."""
 
@@ -42,8 +49,13 @@ class _TableModule(nn.Module):
     decoder: Decoder
     _output: Tensor
     # Plain attributes beside the buffers that say the same: torch finds those ten times more slowly.
+    _core: _core.Table
     _reads_core: bool
     _row_dtype: torch.dtype
+    _text: str
+    _names: list[str]
+    _operators: bool = True
+    """Whether compiled and exported programs call the operators of vqrs; else they hold torch's own gathers."""
     _TORCHS: ClassVar[tuple[str, ...]] = ()
     """Arguments of torch's own ``from_pretrained`` behind ``freeze``, in its order: all attributes of its module."""
     max_norm: None = None
@@ -218,11 +230,8 @@ class _TableModule(nn.Module):
     @property
     def weight(self) -> Tensor:
         """All rows, decoded: a tensor of shape (n, d). Made anew at every read; differentiable if trainable."""
-        if self._kernel_serves(self.codes):
-            decode = self._table._core.decode
-            rows = self._from_kernel(lambda dtype: decode(0, self.num_embeddings, None, None, dtype))
-            assert rows is not None, "all rows are there"
-            return rows
+        if self._reads_core and _is_eager(self.codes):
+            return read_rows(self._core, self.embedding_dim, torch.arange(self.num_embeddings), self._row_dtype)
         blocks = torch.arange(self.num_embeddings, device=self.codes.device).split(BLOCK)
         return torch.cat([self._gather(block).to(self.dtype) for block in blocks])
 
@@ -261,7 +270,7 @@ class _TableModule(nn.Module):
                 names=core.names(),
                 metadata=core.metadata,
             )
-        return vqrs.Table(core.with_tensors(_as_arrays(tensors)) if tensors else core)
+        return vqrs.Table(core.with_tensors(as_arrays(tensors)) if tensors else core)
 
     def extra_repr(self) -> str:
         """Rows, columns, kind, bytes and ratio: what printing the module shows."""
@@ -277,19 +286,20 @@ class _TableModule(nn.Module):
 
     # ---- reading -----------------------------------------------------------------------------------------------
 
-    def _kernel_serves(self, ids: Tensor) -> bool:
-        """Whether the compiled core reads these rows: it knows neither gradients nor devices nor tracing."""
-        return self._reads_core and _is_plain(ids)
+    def _calls_operators(self) -> bool:
+        """Whether rows come from the operators: in programs traced for the CPU, and on CUDA devices in eager use.
 
-    def _from_kernel(self, read: Callable[[str], NDArray[Any] | None]) -> Tensor | None:
-        """The array that ``read(dtype)`` makes, as a tensor of its memory; None where it reads nothing."""
-        rows = read(_DIRECT.get(self._row_dtype, "float32"))
-        if rows is None:
-            return None
-        tensor = torch.from_numpy(rows)
-        if tensor.dtype == self._row_dtype:
-            return tensor
-        return tensor.view(torch.bfloat16) if tensor.dtype == torch.uint16 else tensor.to(self._row_dtype)
+        In programs for other devices, and for trainable values, torch's own gathers are fused into what stands around.
+        """
+        if self.trainable or not self._operators or torch.jit.is_tracing():
+            return False
+        traced = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
+        return self._reads_core if traced else self.codes.is_cuda
+
+    def _reads(self) -> tuple[Tensor, list[Tensor], str]:
+        """What the operators read: codes, the decoder's tensors, and the text that describes them."""
+        held = {**dict(self.decoder.named_parameters()), **dict(self.decoder.named_buffers())}
+        return self.codes, [held[name] for name in self._names], self._text
 
     def _gather(self, ids: Tensor) -> Tensor:
         """Rows of one-dimensional ids, by torch's own operators."""
@@ -301,10 +311,10 @@ class _TableModule(nn.Module):
 
     def _check_ids(self, ids: Tensor) -> None:
         """Refuse the ids that torch's own modules refuse."""
-        if not isinstance(ids, Tensor) or ids.dtype not in _ID_DTYPES:
+        if not isinstance(ids, Tensor) or ids.dtype not in ID_DTYPES:
             found = ids.dtype if isinstance(ids, Tensor) else type(ids).__name__
             raise TypeError(f"ids must be a tensor of int32 or int64, not {found}")
-        if not _is_plain(ids) or ids.numel() == 0:  # another device checks by itself, without a wait for it
+        if not _is_eager(ids) or ids.numel() == 0:  # another device checks by itself, without a wait for it
             return
         low, high = (int(end) for end in torch.aminmax(ids))
         if low < 0 or high >= self.num_embeddings:
@@ -429,7 +439,7 @@ class _TableModule(nn.Module):
         if not bool(target.isfinite().all()):
             raise ValueError("the target has NaN or infinity")
         tensors = {name: tensor.cpu() for name, tensor in self.decoder.stored_tensors().items()}
-        codec = _core.Codec.from_parts(self._table._core.info(), _as_arrays(tensors))
+        codec = _core.Codec.from_parts(self._table._core.info(), as_arrays(tensors))
         outcome = training.reassign(self, codec, ids, target, n_jobs)
         self._row_gradients.clear()
         return outcome
@@ -493,8 +503,13 @@ class _TableModule(nn.Module):
 
     def _take_note(self) -> None:
         """Keep plain copies of what every call asks."""
+        self._core = self._table._core
         self._reads_core = not self.trainable and self.codes.is_cpu
         self._row_dtype = self._output.dtype
+        self._text, self._names = describe(self._table.info()["decoder"], self.decoder)
+        if self._reads_core:
+            codes, tensors, text = self._reads()
+            remember(codes, tensors, text, self._core)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _TableModule:
         super()._apply(fn, recurse)
@@ -548,7 +563,7 @@ class _TableModule(nn.Module):
         tensors = {name.removeprefix("decoder."): state[name].detach().cpu().clone() for name in names}
         decoder = FORMS[description["form"]](description, tensors, described["trainable"])
         stored, codes = decoder.stored_values(codes)
-        arrays = _as_arrays(stored)
+        arrays = as_arrays(stored)
         core = _core.Table.from_parts(
             json.dumps(described), arrays, codes.contiguous().numpy(), errors=described["errors"]
         )
@@ -573,11 +588,13 @@ class _TableModule(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         """All but the codes: they come back with the table, which a file's table reopens by its path."""
         buffers = {name: buffer for name, buffer in self._buffers.items() if name != "codes"}
-        return self.__dict__ | {"_buffers": buffers}
+        state = {name: value for name, value in self.__dict__.items() if name != "_core"}
+        return state | {"_buffers": buffers}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.register_buffer("codes", _as_tensor(self._table.codes).to(self._output.device))
+        self._take_note()
 
 
 class Embedding(_TableModule):
@@ -685,13 +702,16 @@ class Embedding(_TableModule):
             dtype=dtype,
         )
 
-    def forward(self, input: Tensor) -> Tensor:
+    def forward(self, input: Tensor, *, out: Tensor | None = None) -> Tensor:
         """Look rows up.
 
         Parameters
         ----------
         input : int32 or int64 tensor of any shape
             Ids, from 0 to ``num_embeddings - 1``.
+        out : contiguous CPU tensor of shape (*input.shape, embedding_dim), optional
+            Filled and returned, in its own dtype: float32, float16 or bfloat16. From about 32 MiB on, memory that is
+            used again saves more time than the lookup takes. For frozen modules on the CPU.
 
         Returns
         -------
@@ -703,13 +723,16 @@ class Embedding(_TableModule):
             If an id is negative or beyond the last row. On other devices it is torch that finds out.
         TypeError
             If ids are neither int32 nor int64.
+        ValueError
+            If ``out`` cannot be filled.
         """
-        if self._kernel_serves(input):
-            ids = input.contiguous().numpy()
-            rows = self._from_kernel(lambda dtype: self._table._core.lookup(ids, None, None, dtype, False))
-            if rows is not None:
-                return rows
+        if self._reads_core and _is_eager(input):
+            return read_rows(self._core, self.embedding_dim, input, self._row_dtype, out)
+        _refuse_out(out)
         self._check_ids(input)
+        if self._calls_operators():
+            rows: Tensor = torch.ops.vqrs.lookup(input, *self._reads(), self.dtype, -1)
+            return rows
         return self._gather(input.reshape(-1)).to(self.dtype).reshape(*input.shape, self.embedding_dim)
 
 
@@ -783,10 +806,17 @@ class EmbeddingBag(_TableModule):
             device=device,
             dtype=dtype,
         )
-        self.mode = mode
+        self.mode: Literal["sum", "mean", "max"] = mode
         self.include_last_offset = include_last_offset
 
-    def forward(self, input: Tensor, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        input: Tensor,
+        offsets: Tensor | None = None,
+        per_sample_weights: Tensor | None = None,
+        *,
+        out: Tensor | None = None,
+    ) -> Tensor:
         """Pool rows.
 
         Parameters
@@ -797,6 +827,8 @@ class EmbeddingBag(_TableModule):
             Where each bag begins in one-dimensional ids: from 0, never falling.
         per_sample_weights : float tensor of the shape of input, optional
             Factor of each row; of ``mode="sum"`` alone. It gets a gradient where it requires one.
+        out : contiguous CPU tensor of shape (n_bags, embedding_dim), optional
+            As in :meth:`Embedding.forward`.
 
         Returns
         -------
@@ -807,19 +839,32 @@ class EmbeddingBag(_TableModule):
         IndexError
             If an id is negative or beyond the last row.
         ValueError
-            If offsets or weights do not fit the ids.
+            If offsets or weights do not fit the ids, or ``out`` cannot be filled.
         TypeError
             If ids or offsets are neither int32 nor int64.
         """
-        differentiable = torch.is_grad_enabled() and getattr(per_sample_weights, "requires_grad", False)
-        served = self._kernel_serves(input) and not differentiable
-        if not served or self.padding_idx is not None or input.dtype not in _ID_DTYPES:
+        eager = self._reads_core and _is_eager(input)
+        if eager and input.dim() == 2 and offsets is None and per_sample_weights is None and self.padding_idx is None:
+            return read_bags(self._core, self.embedding_dim, input, None, None, self.mode, self._row_dtype, out)
+        if not eager or self.padding_idx is not None or input.dtype not in ID_DTYPES:
             self._check_ids(input)  # else the core looks at them, in the same pass
         offsets = self._bag_offsets(input, offsets)
         ids, weights = input.reshape(-1), self._flat_weights(input, per_sample_weights)
-        if served:
-            return self._kernel_pool(ids, offsets, weights)
-        return self._gather_pool(ids, offsets, weights).to(self.dtype)
+        differentiable = weights is not None and weights.requires_grad and torch.is_grad_enabled()
+        if eager and not differentiable:
+            if self.padding_idx is not None:
+                ids, offsets, weights = without_padding(ids, offsets, weights, self.padding_idx)
+            return read_bags(self._core, self.embedding_dim, ids, offsets, weights, self.mode, self._row_dtype, out)
+        _refuse_out(out)
+        if eager or self._calls_operators():
+            codes, tensors, text = self._reads()
+            padding = -1 if self.padding_idx is None else self.padding_idx
+            pooled: Tensor = torch.ops.vqrs.pool(
+                ids, offsets, weights, codes, tensors, text, self.mode, self.dtype, padding
+            )
+            return pooled
+        rows = self._gather(ids)
+        return pool_gathered(rows, ids, offsets, weights, self.mode, self.padding_idx).to(self.dtype)
 
     def _bag_offsets(self, ids: Tensor, offsets: Tensor | None) -> Tensor:
         if ids.dim() == 2:
@@ -827,16 +872,17 @@ class EmbeddingBag(_TableModule):
                 raise ValueError(
                     "offsets cannot be given with two-dimensional ids: each of their rows is a bag already"
                 )
-            return torch.arange(len(ids), device=ids.device) * ids.shape[1]
+            n_bags, n_ids = ids.shape
+            return torch.arange(0, n_bags * n_ids, n_ids, device=ids.device) if n_ids else ids.new_zeros(n_bags).long()
         if ids.dim() != 1:
             raise ValueError(f"ids of bags must have one or two dimensions, not {ids.dim()}")
         if offsets is None or offsets.dim() != 1:
             raise ValueError("one-dimensional ids need one-dimensional offsets, which say where each bag begins")
-        if offsets.dtype not in _ID_DTYPES:
-            raise TypeError(f"offsets must be int32 or int64, not {offsets.dtype}")
+        if offsets.dtype not in ID_DTYPES:
+            raise TypeError(f"offsets must be a tensor of int32 or int64, not {offsets.dtype}")
         if not self.include_last_offset:
             return offsets.long()
-        if _is_plain(offsets) and (len(offsets) == 0 or offsets[-1] != len(ids)):
+        if _is_eager(offsets) and (len(offsets) == 0 or offsets[-1] != len(ids)):
             raise ValueError(f"with include_last_offset the last offset must be {len(ids)}, the number of ids")
         return offsets[:-1].long()
 
@@ -848,35 +894,6 @@ class EmbeddingBag(_TableModule):
         if weights.shape != ids.shape:
             raise ValueError(f"per_sample_weights have shape {tuple(weights.shape)}, the ids {tuple(ids.shape)}")
         return weights.reshape(-1)
-
-    def _kernel_pool(self, ids: Tensor, offsets: Tensor, weights: Tensor | None) -> Tensor:
-        """Bags by the compiled core."""
-        if self.padding_idx is not None:
-            kept = ids != self.padding_idx
-            offsets = F.pad(kept.cumsum(0), (1, 0))[offsets]
-            ids, weights = ids[kept], None if weights is None else weights[kept]
-        factors = None if weights is None else weights.detach().float().contiguous().numpy()
-        arrays = ids.contiguous().numpy(), offsets.contiguous().numpy(), factors, self.mode
-        pooled = self._from_kernel(lambda dtype: self._table._core.pool(*arrays, None, None, dtype, False))
-        assert pooled is not None, "ids were checked to be int32 or int64"
-        return pooled
-
-    def _gather_pool(self, ids: Tensor, offsets: Tensor, weights: Tensor | None) -> Tensor:
-        """Bags by torch's own operators: its embedding bag over the decoded rows, each of which is used once."""
-        rows = self._gather(ids)
-        places = torch.arange(len(ids), device=ids.device)
-        padding = None
-        if self.padding_idx is not None:  # one row of zeros in front stands for all padding
-            rows, padding = F.pad(rows, (0, 0, 1, 0)), 0
-            places = torch.where(ids == self.padding_idx, 0, places + 1)
-        return F.embedding_bag(
-            places,
-            rows,
-            offsets,
-            mode=self.mode,
-            per_sample_weights=None if weights is None else weights.to(rows.dtype),
-            padding_idx=padding,
-        )
 
     def extra_repr(self) -> str:
         """Rows, columns, mode, kind, bytes and ratio: what printing the module shows."""
@@ -894,10 +911,21 @@ def _keep_parameters(old: Decoder, new: Decoder) -> None:
             setattr(new.get_submodule(holder), own, parameter)
 
 
-def _is_plain(tensor: Tensor) -> bool:
-    """Whether a tensor's values can be looked at here and now: on the CPU, not traced, not a stand-in."""
-    tracing = torch.compiler.is_compiling() or torch.jit.is_tracing()
-    return type(tensor) is Tensor and not tracing and tensor.is_cpu
+def _is_eager(tensor: Tensor) -> bool:
+    """Whether a tensor's values can be read here and now: on the CPU, and no mode of torch's is to see the call."""
+    return (
+        not torch.compiler.is_compiling()
+        and type(tensor) is Tensor
+        and tensor.is_cpu
+        and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and not torch.jit.is_tracing()
+    )
+
+
+def _refuse_out(out: Tensor | None) -> None:
+    if out is not None:
+        raise ValueError("out= is for frozen modules whose codes and ids are on the CPU, outside of compiled programs")
 
 
 def _compress(weight: Tensor, compression: Mapping[str, Any]) -> vqrs.Table:
@@ -934,11 +962,3 @@ def _as_tensor(array: NDArray[Any]) -> Tensor:
     if array.dtype == np.uint16:
         return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
     return torch.from_numpy(array)
-
-
-def _as_arrays(tensors: Mapping[str, Tensor]) -> dict[str, NDArray[Any]]:
-    """Arrays as the compiled core takes them: the reverse of ``_as_tensor``."""
-    return {
-        name: tensor.view(torch.int16).numpy().view(np.uint16) if tensor.dtype == torch.bfloat16 else tensor.numpy()
-        for name, tensor in tensors.items()
-    }

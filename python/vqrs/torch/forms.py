@@ -36,6 +36,8 @@ __all__ = [
 ]
 
 Tensors = Mapping[str, Tensor]
+_FLOATS = {"float16": torch.float16, "bfloat16": torch.bfloat16}
+"""Values that stand in rows as they are."""
 
 
 def unpack_bits(codes: Tensor, bits: int, n_fields: int) -> Tensor:
@@ -271,8 +273,6 @@ class LevelsDecoder(Decoder):
     shape (n_rows, 16 * n_blocks), is what they train.
     """
 
-    FLOATS: ClassVar = {"float16": torch.float16, "bfloat16": torch.bfloat16}
-
     def __init__(self, description: Mapping[str, Any], tensors: Tensors, trainable: bool) -> None:
         super().__init__(description, tensors, trainable)
         self.description = dict(description)
@@ -282,7 +282,7 @@ class LevelsDecoder(Decoder):
     @staticmethod
     def real_values(description: Mapping[str, Any], stored: Tensors, codes: Tensor) -> dict[str, Tensor]:
         """Scales and offsets: by column as stored, by row and block read from the rows."""
-        if description["dtype"] in LevelsDecoder.FLOATS:
+        if description["dtype"] in _FLOATS:
             raise ValueError(
                 f"a {description['dtype']} table has no codebooks or scales to train: use a method that has "
                 "(method='product'), or train a torch.nn.Embedding"
@@ -326,7 +326,7 @@ class LevelsDecoder(Decoder):
 
     def forward(self, codes: Tensor, ids: Tensor) -> Tensor:
         """Decode rows; see :meth:`Decoder.forward`."""
-        if self.description["dtype"] in self.FLOATS:
+        if self.description["dtype"] in _FLOATS:
             return (codes if codes.is_floating_point() else codes.contiguous().view(self._float_type())).float()
         places = unpack_bits(codes, _level_bits(self.description), self.dim)
         if self.description["dtype"] == "free4":
@@ -369,7 +369,7 @@ class LevelsDecoder(Decoder):
     def lifted(self, codes: Tensor) -> tuple[Decoder, Tensor]:
         """What stands behind the levels becomes tensors; rows of floats become floats."""
         description = self.description
-        if description["dtype"] in self.FLOATS:
+        if description["dtype"] in _FLOATS:
             return self, codes.contiguous().view(self._float_type())
         if description["granularity"] == "column":
             return self, codes
@@ -393,7 +393,7 @@ class LevelsDecoder(Decoder):
         return decoder, levels
 
     def _float_type(self) -> torch.dtype:
-        return self.FLOATS[self.description["dtype"]]
+        return _FLOATS[self.description["dtype"]]
 
     def _symmetric_offset(self, scale: Tensor) -> Tensor:
         return -scale * 2 ** (_level_bits(self.description) - 1)
@@ -409,10 +409,10 @@ class LinearDecoder(Decoder):
     def __init__(self, description: Mapping[str, Any], tensors: Tensors, trainable: bool) -> None:
         super().__init__(description, _own(tensors), trainable)
         self.rotation_kind: dict[str, Any] = description["rotation"]
-        self.inner = FORMS[description["inner"]["form"]](description["inner"], _inner(tensors, "inner."), trainable)
         if self.rotation_kind["kind"] == "hadamard":
             signs = _signs(self.dim, self.rotation_kind["seed"], self.rotation_kind["rounds"])
             self.register_buffer("signs", signs, persistent=False)
+        self.inner = FORMS[description["inner"]["form"]](description["inner"], _inner(tensors, "inner."), trainable)
 
     @staticmethod
     def real_values(description: Mapping[str, Any], stored: Tensors, codes: Tensor) -> dict[str, Tensor]:
@@ -427,7 +427,7 @@ class LinearDecoder(Decoder):
     def stored_tensors(self) -> dict[str, Tensor]:
         """Tensors of the decoder inside, the mean, and the rotation in its stored type."""
         stored = {f"inner.{name}": value for name, value in self.inner.stored_tensors().items()}
-        own = {name: tensor.detach() for name, tensor in self._own_tensors() if name != "signs"}
+        own = {name: tensor.detach() for name, tensor in self._own_tensors()}
         if self.trainable and "rotation" in own:
             dtype = self.rotation_kind["dtype"]
             if dtype == "int8":
@@ -448,7 +448,8 @@ class LinearDecoder(Decoder):
         return self.inner.values_of_rows(codes)
 
     def _own_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        return itertools.chain(self.named_parameters(recurse=False), self.named_buffers(recurse=False))
+        own = itertools.chain(self.named_parameters(recurse=False), self.named_buffers(recurse=False))
+        return ((name, tensor) for name, tensor in own if name != "signs")
 
     def forward(self, codes: Tensor, ids: Tensor) -> Tensor:
         """Decode rows; see :meth:`Decoder.forward`."""
@@ -737,8 +738,7 @@ class SparseDecoder(Decoder):
         """The column of each kept value, int64 (n, kept); ``dim`` where there is none."""
         kept, places = self.description["kept"], codes[:, : _place_bytes(self.description)]
         if self.description["places"] == "columns":
-            bits = max((self.dim - 1).bit_length(), 1)
-            return unpack_bits(places, bits, kept).clamp(max=self.dim)
+            return unpack_bits(places, _place_bits(self.dim), kept).clamp(max=self.dim)
         present = unpack_bits(places, 1, self.dim)
         rank = torch.where(present > 0, present.cumsum(1) - 1, kept).clamp(max=kept)
         numbers = torch.arange(self.dim, device=codes.device).expand_as(rank)
@@ -746,10 +746,15 @@ class SparseDecoder(Decoder):
         return columns.scatter(1, rank, numbers)[:, :kept]
 
 
+def _place_bits(dim: int) -> int:
+    """Bits of a column's number."""
+    return max(math.ceil(math.log2(dim)), 1)
+
+
 def _place_bytes(description: Mapping[str, Any]) -> int:
     """Bytes of a row that say which columns it keeps."""
     dim, kept = description["dim"], description["kept"]
-    bits = dim if description["places"] == "bitmap" else kept * max((dim - 1).bit_length(), 1)
+    bits = dim if description["places"] == "bitmap" else kept * _place_bits(dim)
     return (bits + 7) // 8
 
 
@@ -878,22 +883,27 @@ def _with_children(decoder: Decoder, **children: nn.Module) -> Decoder:
     return copied
 
 
+@functools.cache
+def _signs_of(dim: int, seed: int, passes: int) -> Tensor:
+    return torch.tensor([[random_sign(seed, turn * dim + place) for place in range(dim)] for turn in range(passes)])
+
+
 def _signs(dim: int, seed: int, rounds: int) -> Tensor:
-    """The signs of each pass, float32 (n_passes, dim): one pass a round, or two where a pass leaves columns out."""
-    passes = rounds if dim & (dim - 1) == 0 else 2 * rounds
-    signs = [[random_sign(seed, turn * dim + place) for place in range(dim)] for turn in range(passes)]
-    return torch.tensor(signs, dtype=torch.float32)
+    """The signs of each pass: two passes a round, unless one reaches all columns."""
+    is_power = dim & (dim - 1) == 0
+    return _signs_of(dim, seed, rounds if is_power else 2 * rounds).float()
 
 
 def _turn_back(rows: Tensor, signs: Tensor, dim: int) -> Tensor:
     """Signs, then Walsh-Hadamard, of the first and of the last 2**k columns in turns; undone from the last one on."""
-    size = 1 << (dim.bit_length() - 1)
-    for number, signs_of_pass in reversed(list(enumerate(signs.unbind()))):
+    size = 2 ** math.floor(math.log2(dim))
+    passes = list(enumerate(signs.unbind()))
+    for number, signs_of_pass in reversed(passes):
         start = dim - size if number % 2 else 0
         turned = _hadamard(rows[:, start : start + size], size)
         if size < dim:
             turned = torch.cat([rows[:, :start], turned, rows[:, start + size :]], 1)
-        rows = turned * signs_of_pass.to(rows)
+        rows = turned * signs_of_pass.to(rows.dtype)
     return rows
 
 

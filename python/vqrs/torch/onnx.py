@@ -115,7 +115,8 @@ def _rows(module: _TableModule, ids: Tensor) -> Tensor:
 class _Gathered(Embedding):
     """An embedding while it is exported."""
 
-    def forward(self, input: Tensor) -> Tensor:
+    # No out=: torch's older exporter gives all arguments of a forward by position.
+    def forward(self, input: Tensor) -> Tensor:  # type: ignore[override]
         """As that of ``Embedding``."""
         rows = _rows(self, input.reshape(-1)).to(self.dtype)
         return rows.reshape(*input.shape, self.embedding_dim)
@@ -124,7 +125,9 @@ class _Gathered(Embedding):
 class _GatheredBag(EmbeddingBag):
     """A bag while it is exported."""
 
-    def forward(self, input: Tensor, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None) -> Tensor:
+    def forward(  # type: ignore[override]
+        self, input: Tensor, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None
+    ) -> Tensor:
         """As that of ``EmbeddingBag``, of two-dimensional ids."""
         if input.dim() != 2 or offsets is not None:
             raise ValueError(
