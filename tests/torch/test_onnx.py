@@ -329,6 +329,24 @@ def test_whole_models(dynamo: bool, tmp_path: Path) -> None:
     assert tokens[0].dtype == np.uint8
 
 
+@both_exporters
+def test_torchs_own_export_reads_codebooks_and_names_what_scales_need(dynamo: bool, tmp_path: Path) -> None:
+    ids, path = torch.tensor([[3, 0, 19]]), tmp_path / "model.onnx"
+    arguments = {"verbose": False} if dynamo else {"opset_version": 18}
+    ways = {"product": {"n_subvectors": 4, "n_bits": 4}, "scalar": {"dtype": "int4"}}
+    small = {
+        method: vqrs.torch.Embedding.from_pretrained(make_rows(), method=method, random_state=0, **way)
+        for method, way in ways.items()
+    }
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(nn.Sequential(small["product"]), (ids,), path, dynamo=dynamo, **arguments)
+        assert torch.equal(run(path, ids), small["product"](ids))
+        # The newer exporter tries again in another way, and stops at an operator that ONNX has not: vqrs.lookup.
+        with pytest.raises(Exception, match=r"vqrs\.lookup" if dynamo else r"vqrs\.torch\.onnx\.export"):
+            torch.onnx.export(nn.Sequential(small["scalar"]), (ids,), path, dynamo=dynamo, **arguments)
+
+
 @pytest.mark.parametrize("fail", [False, True])
 def test_the_model_is_as_before(fail: bool) -> None:
     model = Classifier()

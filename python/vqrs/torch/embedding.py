@@ -291,7 +291,7 @@ class _TableModule(nn.Module):
 
         In programs for other devices, and for trainable values, torch's own gathers are fused into what stands around.
         """
-        if self.trainable or not self._operators or torch.jit.is_tracing():
+        if self.trainable or not self._operators or torch.jit.is_tracing() or torch.onnx.is_in_onnx_export():
             return False
         traced = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
         return self._reads_core if traced else self.codes.is_cuda

@@ -327,7 +327,7 @@ class LevelsDecoder(Decoder):
     def forward(self, codes: Tensor, ids: Tensor) -> Tensor:
         """Decode rows; see :meth:`Decoder.forward`."""
         if self.description["dtype"] in _FLOATS:
-            return (codes if codes.is_floating_point() else codes.contiguous().view(self._float_type())).float()
+            return (codes if codes.is_floating_point() else _floats_of(codes.contiguous(), self._float_type())).float()
         places = unpack_bits(codes, _level_bits(self.description), self.dim)
         if self.description["dtype"] == "free4":
             own = self._of_rows("own", "scale_factor", ids) if self.beside else _own_levels(self.description, codes)
@@ -764,9 +764,9 @@ def _kept_values(description: Mapping[str, Any], codes: Tensor) -> Tensor:
     # The clones start at even addresses, which a slice of bytes need not.
     stored = codes[:, _place_bytes(description) :].clone(memory_format=torch.contiguous_format)
     if description["dtype"] == "float32":
-        return stored.view(torch.float32)
+        return _floats_of(stored, torch.float32)
     if description["dtype"] == "float16":
-        return stored.view(torch.float16).float() * factor
+        return _floats_of(stored, torch.float16).float() * factor
     scale = stored[:, kept:].clone(memory_format=torch.contiguous_format).view(torch.float16).float() * factor
     return stored[:, :kept].contiguous().view(torch.int8).float() * scale
 
@@ -811,7 +811,14 @@ def _behind(description: Mapping[str, Any], codes: Tensor) -> Tensor:
 
 def _own_levels(description: Mapping[str, Any], codes: Tensor) -> Tensor:
     """Levels of the rows' own, float32 (n_rows, 16 * n_blocks)."""
-    return _behind(description, codes).view(torch.float16).float() * description["scale_factor"]
+    return _floats_of(_behind(description, codes), torch.float16).float() * description["scale_factor"]
+
+
+def _floats_of(stored: Tensor, dtype: torch.dtype) -> Tensor:
+    """The floats that integers hold."""
+    if torch.onnx.is_in_onnx_export():
+        raise ValueError("ONNX cannot see bytes as floats: export with vqrs.torch.onnx.export, or within exportable()")
+    return stored.view(dtype)
 
 
 def _values_in_rows(description: Mapping[str, Any], codes: Tensor) -> dict[str, Tensor]:
@@ -824,7 +831,7 @@ def _values_in_rows(description: Mapping[str, Any], codes: Tensor) -> dict[str, 
 
 def _bytes_as_floats(stored: Tensor) -> Tensor:
     """The float16 of the scales that take one byte."""
-    return (stored.short() << 6).view(torch.float16)
+    return _floats_of(stored.short() << 6, torch.float16)
 
 
 def _in_bytes(description: Mapping[str, Any]) -> bool:
@@ -994,7 +1001,7 @@ def _level_bytes(description: Mapping[str, Any]) -> int:
 def _scales_of_rows(description: Mapping[str, Any], codes: Tensor) -> tuple[Tensor, Tensor]:
     """Scale and offset of each block, float32 (n_rows, n_blocks), from behind the levels of the rows."""
     behind = _behind(description, codes)
-    halves = _bytes_as_floats(behind) if _in_bytes(description) else behind.view(torch.float16)
+    halves = _bytes_as_floats(behind) if _in_bytes(description) else _floats_of(behind, torch.float16)
     if description["symmetric"]:
         scale = halves.float() * description["scale_factor"]
         return scale, -scale * 2 ** (_level_bits(description) - 1)
