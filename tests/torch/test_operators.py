@@ -319,6 +319,7 @@ def exported(model: nn.Module) -> torch.export.ExportedProgram:
     return torch.export.export(model, (IDS, torch.rand(IDS.shape)), dynamic_shapes=dynamic)
 
 
+@pytest.mark.parametrize("table", ["books", "trellis", "segments"], indirect=True)
 def test_exported_programs_load_in_another_process(table: vqrs.Table, tmp_path: Path) -> None:
     model = Model(table).eval()
     torch.export.save(exported(model), tmp_path / "model.pt2")
