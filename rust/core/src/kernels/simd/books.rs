@@ -152,10 +152,12 @@ unsafe fn run_typed<S: Widen, E: Entry, const BITS: u32>(view: &BooksView, job: 
             8 if alone && dim >= S::LANES => job.run::<S>(&Tiles::<E, 8, BITS>(books, &columns), row_bytes, dim),
             16 if alone && dim >= S::LANES => job.run::<S>(&Tiles::<E, 16, BITS>(books, &columns), row_bytes, dim),
             _ if view.groups.iter().all(|group| group.width >= S::LANES) => {
-                job.run::<S>(&Parts::<S, E, BITS>::new(view), row_bytes, dim)
+                let (books, vectors) = parts::<S, E, BITS>(view);
+                job.run::<S>(&Parts { books: &books, vectors: &vectors }, row_bytes, dim)
             }
             _ if view.groups.iter().all(|group| group.width >= S::Half::LANES) => {
-                job.run::<S::Half>(&Parts::<S::Half, E, BITS>::new(view), row_bytes, dim)
+                let (books, vectors) = parts::<S::Half, E, BITS>(view);
+                job.run::<S::Half>(&Parts { books: &books, vectors: &vectors }, row_bytes, dim)
             }
             _ => job.rows::<S>(&Gather::<S, E, BITS> { view, columns: &columns, types: PhantomData }, dim),
         }
@@ -189,6 +191,7 @@ unsafe fn code<const BITS: u32>(row: *const u8, bits: u32, index: usize) -> usiz
 }
 
 /// Books of one width, one after the other.
+#[derive(Clone, Copy)]
 struct Books<E, const BITS: u32> {
     first: *const E,
     width: usize,
@@ -209,18 +212,33 @@ impl<E: Entry, const BITS: u32> Books<E, BITS> {
         }
     }
 
+    /// Bits of a code.
+    #[inline(always)]
+    fn bits(&self) -> u32 {
+        if BITS == 0 {
+            self.bits
+        } else {
+            BITS
+        }
+    }
+
+    /// The first entry of book `m`.
+    #[inline(always)]
+    unsafe fn book(&self, m: usize, width: usize) -> *const E {
+        // SAFETY: there are as many books, each of 2^bits entries.
+        unsafe { self.first.add((m << self.bits()) * width) }
+    }
+
     /// The entry of book `m` that a row picks.
     #[inline(always)]
     unsafe fn entry(&self, row: *const u8, m: usize, width: usize) -> *const E {
         // SAFETY: the row has a code for each book, which is below 2^bits, the number of entries.
-        unsafe {
-            let bits = if BITS == 0 { self.bits } else { BITS };
-            self.first.add(((m << bits) + code::<BITS>(row, self.bits, m)) * width)
-        }
+        unsafe { self.book(m, width).add(code::<BITS>(row, self.bits, m) * width) }
     }
 }
 
 /// Books side by side whose width is a power of two: narrow entries are joined into whole vectors.
+#[derive(Clone, Copy)]
 struct Tiles<'a, E, const WIDTH: usize, const BITS: u32>(Books<E, BITS>, &'a [f32]);
 
 impl<S: Widen, E: Entry, const WIDTH: usize, const BITS: u32> Reader<S> for Tiles<'_, E, WIDTH, BITS> {
@@ -229,15 +247,23 @@ impl<S: Widen, E: Entry, const WIDTH: usize, const BITS: u32> Reader<S> for Tile
         // SAFETY: columns `t` to `t + LANES` are inside the row, and `t` is a multiple of the lesser of width and lanes.
         unsafe {
             let start = <Self as Reader<S>>::column::<N>(self, vector, dim);
-            // Said in whole books, so that all addresses differ by constants.
-            let (beside, first) = (S::LANES / WIDTH, if N > 1 { vector * (S::LANES / WIDTH) } else { start / WIDTH });
             let scale = S::splat(self.0.scale);
             let mut values = [scale; N];
+            // From the first book and code on, all addresses differ by constants.
+            let beside = S::LANES / WIDTH;
+            let first = if N > 1 { vector * beside } else { start / WIDTH };
+            // Where `N` vectors start on a whole byte of the codes, and there is more than one of them.
+            let bytes = N > 1 && beside > 0 && (beside * N * BITS as usize).is_multiple_of(8) && BITS > 0;
+            let (books, codes, first) = match bytes {
+                true => (self.0.book(first, WIDTH), row.add(first * BITS as usize / 8), 0),
+                false => (self.0.first, row, first),
+            };
+            let books = Books::<E, BITS> { first: books, ..self.0 };
             for i in 0..N {
                 let t = start + i * S::LANES;
                 let (book, offset) = if beside > 0 { (first + i * beside, 0) } else { (t / WIDTH, t % WIDTH) };
                 let scale = if E::SCALED { S::load(self.1.as_ptr().add(t)) } else { scale };
-                values[i] = join::<S, E, WIDTH>(|place| self.0.entry(row, book + place, WIDTH), offset).mul(scale);
+                values[i] = join::<S, E, WIDTH>(|place| books.entry(codes, book + place, WIDTH), offset).mul(scale);
             }
             values
         }
@@ -271,35 +297,43 @@ unsafe fn join<S: Widen, E: Entry, const WIDTH: usize>(entry: impl Fn(usize) -> 
 }
 
 /// Books side by side, each at least as wide as a vector.
-struct Parts<S, E, const BITS: u32> {
-    books: Vec<Books<E, BITS>>,
-    /// For each vector: its column, its group, its book and the place in the entry.
-    vectors: Vec<(u32, u32, u32, u32)>,
-    lanes: PhantomData<S>,
+#[derive(Clone, Copy)]
+struct Parts<'a, E, const BITS: u32> {
+    books: &'a [Books<E, BITS>],
+    vectors: &'a [Part],
 }
 
-impl<S: Widen, E: Entry, const BITS: u32> Parts<S, E, BITS> {
-    fn new(view: &BooksView) -> Self {
-        let (mut books, mut vectors, mut m) = (Vec::new(), Vec::new(), 0);
-        for (index, group) in view.groups.iter().enumerate() {
-            // Book `m` of the row is book `m - before` of the group.
-            let before = m << view.bits;
-            let first = first_entry::<E>(group.entries).wrapping_sub(before * group.width);
-            let scales = view.scales.as_ptr();
-            books.push(Books { first, width: group.width, bits: view.bits, scale: view.scale, scales });
-            for start in group.starts {
-                for t in (0..group.width).step_by(S::LANES) {
-                    let t = t.min(group.width - S::LANES);
-                    vectors.push(((start + t) as u32, index as u32, m as u32, t as u32));
-                }
-                m += 1;
+/// Where a vector of [`Parts`] comes from.
+struct Part {
+    column: u32,
+    group: u32,
+    book: u32,
+    /// The place in the entry.
+    place: u32,
+}
+
+/// What [`Parts`] has, for vectors of `S`.
+fn parts<S: Widen, E: Entry, const BITS: u32>(view: &BooksView) -> (Vec<Books<E, BITS>>, Vec<Part>) {
+    let (mut books, mut vectors, mut m) = (Vec::new(), Vec::new(), 0);
+    for (index, group) in view.groups.iter().enumerate() {
+        // Book `m` of the row is book `m - before` of the group.
+        let before = m << view.bits;
+        let first = first_entry::<E>(group.entries).wrapping_sub(before * group.width);
+        let scales = view.scales.as_ptr();
+        books.push(Books { first, width: group.width, bits: view.bits, scale: view.scale, scales });
+        for start in group.starts {
+            for t in (0..group.width).step_by(S::LANES) {
+                let t = t.min(group.width - S::LANES);
+                let (column, place) = ((start + t) as u32, t as u32);
+                vectors.push(Part { column, group: index as u32, book: m as u32, place });
             }
+            m += 1;
         }
-        Parts { books, vectors, lanes: PhantomData }
     }
+    (books, vectors)
 }
 
-impl<S: Widen, E: Entry, const BITS: u32> Reader<S> for Parts<S, E, BITS> {
+impl<S: Widen, E: Entry, const BITS: u32> Reader<S> for Parts<'_, E, BITS> {
     #[inline(always)]
     fn vectors(&self, _: usize) -> usize {
         self.vectors.len()
@@ -307,12 +341,12 @@ impl<S: Widen, E: Entry, const BITS: u32> Reader<S> for Parts<S, E, BITS> {
 
     #[inline(always)]
     fn column<const N: usize>(&self, vector: usize, _: usize) -> usize {
-        self.vectors[vector].0 as usize
+        self.vectors[vector].column as usize
     }
 
     #[inline(always)]
     fn place<const N: usize>(&self, vector: usize, i: usize, _: usize) -> usize {
-        self.vectors[vector + i].0 as usize
+        self.vectors[vector + i].column as usize
     }
 
     #[inline(always)]
@@ -321,11 +355,11 @@ impl<S: Widen, E: Entry, const BITS: u32> Reader<S> for Parts<S, E, BITS> {
         unsafe {
             let mut values = [S::splat(0.0); N];
             for i in 0..N {
-                let (_, group, m, t) = self.vectors[vector + i];
-                let books = &self.books[group as usize];
-                let entry = books.first.wrapping_add(((m as usize) << books.bits) * books.width);
-                let entry = entry.wrapping_add(code::<BITS>(row, books.bits, m as usize) * books.width);
-                values[i] = E::load::<S>(entry.add(t as usize)).mul(S::splat(books.scale(m as usize)));
+                let part = &self.vectors[vector + i];
+                let (books, m) = (&self.books[part.group as usize], part.book as usize);
+                let entry = books.first.wrapping_add((m << books.bits) * books.width);
+                let entry = entry.wrapping_add(code::<BITS>(row, books.bits, m) * books.width);
+                values[i] = E::load::<S>(entry.add(part.place as usize)).mul(S::splat(books.scale(m)));
             }
             values
         }
@@ -333,6 +367,7 @@ impl<S: Widen, E: Entry, const BITS: u32> Reader<S> for Parts<S, E, BITS> {
 }
 
 /// Full rows that are added, the first one stored.
+#[derive(Clone, Copy)]
 struct Sum<E, const BITS: u32> {
     books: Books<E, BITS>,
     count: usize,

@@ -76,6 +76,13 @@ pub(in crate::kernels) trait Simd: Copy {
     }
 }
 
+/// Ways of writing a vector: into the caches, to any address.
+pub(in crate::kernels) const CACHE: u8 = 0;
+/// Past the caches, to an address on a multiple of the vector's bytes.
+pub(in crate::kernels) const STREAM: u8 = 1;
+/// Past the caches, to an address on a multiple of 16 bytes: that of arrays of NumPy.
+pub(in crate::kernels) const STREAM_16: u8 = 2;
+
 /// Vectors that read narrower numbers: what lookups need. Pointers may be unaligned.
 pub(in crate::kernels) trait Widen: Simd {
     /// Vectors of half as many lanes, for what is too narrow for these; the narrowest vectors are their own.
@@ -101,16 +108,22 @@ pub(in crate::kernels) trait Widen: Simd {
     unsafe fn load_bits(row: *const u8, t: usize, bits: u32) -> Self;
     /// As [`Widen::load_bits`], then the entries of a table that they pick. The table has 2^bits entries and at least 16.
     unsafe fn load_table(row: *const u8, t: usize, bits: u32, table: *const f32) -> Self;
-    /// Rounds to half precision, to nearest even, and writes `LANES` of them; with `STREAM` as [`Widen::stream`] does.
-    unsafe fn store_f16<const STREAM: bool>(self, to: *mut u16);
-    /// Rounds to bfloat16, to nearest even, and writes `LANES` of them; with `STREAM` as [`Widen::stream`] does.
-    unsafe fn store_bf16<const STREAM: bool>(self, to: *mut u16);
-    /// Writes `LANES` numbers past the caches, to an address on a multiple of 16 bytes: that of arrays of NumPy.
-    unsafe fn stream(self, to: *mut f32);
+    /// Writes `LANES` numbers in one of the ways below.
+    unsafe fn store_f32<const WAY: u8>(self, to: *mut f32);
+    /// Rounds to half precision, to nearest even, and writes `LANES` of them in one of the ways below.
+    unsafe fn store_f16<const WAY: u8>(self, to: *mut u16);
+    /// Rounds to bfloat16, to nearest even, and writes `LANES` of them in one of the ways below.
+    unsafe fn store_bf16<const WAY: u8>(self, to: *mut u16);
     /// Makes what was streamed visible to other threads before what is written later.
     fn fence();
     /// One number of half precision.
     unsafe fn one_f16(bits: u16) -> f32;
+    /// One number of half precision in all lanes.
+    #[inline(always)]
+    unsafe fn splat_f16(bits: u16) -> Self {
+        // SAFETY: the caller has the instruction set.
+        unsafe { Self::splat(Self::one_f16(bits)) }
+    }
     /// Asks for a cache line. Any address is fine.
     fn prefetch(address: *const u8);
 }
