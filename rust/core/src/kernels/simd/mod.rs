@@ -76,6 +76,33 @@ pub(in crate::kernels) trait Simd: Copy {
     }
 }
 
+/// Where the entries of a vector are that stand side by side: as many as it has of them. No closure says it, because
+/// those may be left out of the function that has the instruction set.
+pub(in crate::kernels) type Entries<T> = [*const T; 8];
+
+/// Up to 64 bytes of entries side by side, `lanes` numbers in all.
+#[inline(always)]
+unsafe fn joined<T, const WIDTH: usize>(lanes: usize, entries: &Entries<T>) -> [u64; 8] {
+    let bytes = WIDTH * size_of::<T>();
+    let mut words = [0u64; 8];
+    // SAFETY: each entry has `WIDTH` numbers.
+    unsafe {
+        for place in 0..lanes / WIDTH {
+            let (from, at) = (entries[place], place * bytes);
+            if bytes == 2 {
+                words[at / 8] |= u64::from(from.cast::<u16>().read_unaligned()) << (at % 8 * 8);
+            } else if bytes == 4 {
+                words[at / 8] |= u64::from(from.cast::<u32>().read_unaligned()) << (at % 8 * 8);
+            } else {
+                for word in 0..bytes / 8 {
+                    words[at / 8 + word] = from.cast::<u64>().add(word).read_unaligned();
+                }
+            }
+        }
+    }
+    words
+}
+
 /// Ways of writing a vector: into the caches, to any address.
 pub(in crate::kernels) const CACHE: u8 = 0;
 /// Past the caches, to an address on a multiple of the vector's bytes.
@@ -95,6 +122,18 @@ pub(in crate::kernels) trait Widen: Simd {
     unsafe fn load_f16(from: *const u16) -> Self;
     /// Reads `LANES` numbers of bfloat16.
     unsafe fn load_bf16(from: *const u16) -> Self;
+    /// As [`Widen::load_f16`], from entries of `WIDTH` numbers each: 2, 4 or 8, and fewer than `LANES`.
+    #[inline(always)]
+    unsafe fn join_f16<const WIDTH: usize>(entries: &Entries<u16>) -> Self {
+        // SAFETY: passed on to the caller.
+        unsafe { Self::load_f16(joined::<u16, WIDTH>(Self::LANES, entries).as_ptr().cast()) }
+    }
+    /// As [`Widen::load_bf16`], from entries of `WIDTH` numbers each: 2, 4 or 8, and fewer than `LANES`.
+    #[inline(always)]
+    unsafe fn join_bf16<const WIDTH: usize>(entries: &Entries<u16>) -> Self {
+        // SAFETY: passed on to the caller.
+        unsafe { Self::load_bf16(joined::<u16, WIDTH>(Self::LANES, entries).as_ptr().cast()) }
+    }
     /// Reads `LANES` bytes with signs.
     unsafe fn load_i8(from: *const i8) -> Self;
     /// Reads `LANES` bytes.

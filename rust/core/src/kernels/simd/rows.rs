@@ -173,6 +173,23 @@ pub(super) trait Reader<S: Widen>: Copy {
     ///
     /// `code` is a row of [`Source`].
     unsafe fn read<const N: usize>(&self, code: *const u8, vector: usize, dim: usize) -> [S; N];
+
+    /// Sums and what [`Reader::read`] gives.
+    ///
+    /// # Safety
+    ///
+    /// As for [`Reader::read`].
+    #[inline(always)]
+    unsafe fn add<const N: usize>(&self, code: *const u8, vector: usize, dim: usize, mut sums: [S; N]) -> [S; N] {
+        // SAFETY: passed on to the caller.
+        unsafe {
+            let values = self.read::<N>(code, vector, dim);
+            for i in 0..N {
+                sums[i] = values[i].add(sums[i]);
+            }
+        }
+        sums
+    }
 }
 
 /// Vectors of a row that are made at a time, of short rows or what is left of long ones.
@@ -569,6 +586,10 @@ unsafe fn combine<S: Widen, R: Reader<S>, const N: usize, const HOW: u8>(
             if v == 0 {
                 source.ask::<S>(row);
             }
+            if HOW == SUM {
+                all = reader.add::<N>(source.block[row], v, dim, all);
+                continue;
+            }
             let values = reader.read::<N>(source.block[row], v, dim);
             match HOW {
                 MAX => {
@@ -576,15 +597,10 @@ unsafe fn combine<S: Widen, R: Reader<S>, const N: usize, const HOW: u8>(
                         all[i] = values[i].max(all[i]);
                     }
                 }
-                WEIGHTED => {
+                _ => {
                     let weight = S::splat(part.weights[row]);
                     for i in 0..N {
                         all[i] = values[i].fma(weight, all[i]);
-                    }
-                }
-                _ => {
-                    for i in 0..N {
-                        all[i] = values[i].add(all[i]);
                     }
                 }
             }

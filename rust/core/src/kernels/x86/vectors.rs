@@ -1,6 +1,6 @@
 //! The vector operations of AVX2 and AVX-512.
 
-use crate::kernels::simd::{Pack, Simd, Task, Trace, Widen, CACHE, STREAM};
+use crate::kernels::simd::{Entries, Pack, Simd, Task, Trace, Widen, CACHE, STREAM};
 use std::arch::x86_64::*;
 
 /// Eight numbers in an AVX register.
@@ -174,6 +174,35 @@ unsafe fn sixteen_fields(from: *const u8, bits: u32) -> __m512i {
     }
 }
 
+/// 16 bytes of entries of `WIDTH` numbers of two bytes each, from entry `first` on.
+#[inline(always)]
+unsafe fn join_16<const WIDTH: usize>(entries: &Entries<u16>, first: usize) -> __m128i {
+    // SAFETY: each entry has `WIDTH` numbers; the caller has the instruction set.
+    unsafe {
+        match WIDTH {
+            4 => {
+                let low = _mm_load_sd(entries[first].cast());
+                _mm_castpd_si128(_mm_loadh_pd(low, entries[first + 1].cast()))
+            }
+            8 => _mm_loadu_si128(entries[first].cast()),
+            _ => {
+                let mut numbers = [0; 4];
+                for place in 0..4 {
+                    numbers[place] = entries[first + place].cast::<i32>().read_unaligned();
+                }
+                _mm_setr_epi32(numbers[0], numbers[1], numbers[2], numbers[3])
+            }
+        }
+    }
+}
+
+/// 32 bytes of entries of `WIDTH` numbers of two bytes each.
+#[inline(always)]
+unsafe fn join_32<const WIDTH: usize>(entries: &Entries<u16>) -> __m256i {
+    // SAFETY: passed on to the caller.
+    unsafe { _mm256_setr_m128i(join_16::<WIDTH>(entries, 0), join_16::<WIDTH>(entries, 8 / WIDTH)) }
+}
+
 impl Widen for Eight {
     type Half = Eight;
     const REGISTERS: usize = 16;
@@ -224,6 +253,19 @@ impl Widen for Eight {
         };
         fn one_f16(bits: u16) -> f32 = _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(i32::from(bits))));
         fn splat_f16(bits: u16) -> Self = Eight(_mm256_cvtph_ps(_mm_set1_epi16(bits as i16)));
+    }
+    #[inline(always)]
+    unsafe fn join_f16<const WIDTH: usize>(entries: &Entries<u16>) -> Self {
+        // SAFETY: passed on to the caller.
+        Eight(unsafe { _mm256_cvtph_ps(join_16::<WIDTH>(entries, 0)) })
+    }
+    #[inline(always)]
+    unsafe fn join_bf16<const WIDTH: usize>(entries: &Entries<u16>) -> Self {
+        // SAFETY: passed on to the caller.
+        unsafe {
+            let wide = _mm256_cvtepu16_epi32(join_16::<WIDTH>(entries, 0));
+            Eight(_mm256_castsi256_ps(_mm256_slli_epi32::<16>(wide)))
+        }
     }
     #[inline(always)]
     unsafe fn store_f16<const WAY: u8>(self, to: *mut u16) {
@@ -440,6 +482,19 @@ impl Widen for Sixteen {
         };
         fn one_f16(bits: u16) -> f32 = Eight::one_f16(bits);
         fn splat_f16(bits: u16) -> Self = Sixteen(_mm512_cvtph_ps(_mm256_set1_epi16(bits as i16)));
+    }
+    #[inline(always)]
+    unsafe fn join_f16<const WIDTH: usize>(entries: &Entries<u16>) -> Self {
+        // SAFETY: passed on to the caller.
+        Sixteen(unsafe { _mm512_cvtph_ps(join_32::<WIDTH>(entries)) })
+    }
+    #[inline(always)]
+    unsafe fn join_bf16<const WIDTH: usize>(entries: &Entries<u16>) -> Self {
+        // SAFETY: passed on to the caller.
+        unsafe {
+            let wide = _mm512_cvtepu16_epi32(join_32::<WIDTH>(entries));
+            Sixteen(_mm512_castsi512_ps(_mm512_slli_epi32::<16>(wide)))
+        }
     }
     #[inline(always)]
     unsafe fn store_f16<const WAY: u8>(self, to: *mut u16) {
