@@ -309,14 +309,25 @@ impl<E: Entry, const WIDTH: usize, const BITS: u32> Tiles<'_, E, WIDTH, BITS> {
     #[inline(always)]
     unsafe fn entries<S: Widen>(&self, row: *const u8, t: usize) -> S {
         let first = t / WIDTH;
-        // SAFETY: the row has the columns, and `t` is a multiple of the lesser of width and lanes.
+        // SAFETY: the row has the columns, and `t` is a multiple of the lesser of width and lanes; [`super::rows::SPARE`]
+        // bytes follow the row.
         unsafe {
             if WIDTH >= S::LANES {
                 return E::load::<S>(self.books.entry(row, first, WIDTH).add(t % WIDTH));
             }
             let mut entries = [std::ptr::null(); 8];
+            // One load for all codes of a vector: those of entries are what limits the loop. They are at most 64 bits, and
+            // less where they start inside a byte.
+            let start = first * BITS as usize;
+            let word = u64::from_le(row.add(start / 8).cast::<u64>().read_unaligned()) >> (start % 8);
             for place in 0..S::LANES / WIDTH {
-                entries[place] = self.books.entry(row, first + place, WIDTH);
+                entries[place] = match BITS {
+                    0 => self.books.entry(row, first + place, WIDTH),
+                    _ => {
+                        let code = (word >> (BITS as usize * place)) as usize & ((1 << BITS) - 1);
+                        self.books.book(first + place, WIDTH).add(code * WIDTH)
+                    }
+                };
             }
             E::join::<S, WIDTH>(&entries)
         }
