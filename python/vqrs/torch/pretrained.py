@@ -656,9 +656,10 @@ def _clear_places(model: Any, described: Mapping[str, Any]) -> list[tuple[str, n
         place = _Place((old.num_embeddings, old.embedding_dim))
         heads: list[Any] = []
         for head_name in about.get("heads", []):
-            head: Any = modules.get(_name_here(head_name, modules, model.base_model_prefix) or "")
-            if head is None:  # a model without the head, from the folder of one with it
+            place_of_head = _name_here(head_name, modules, model.base_model_prefix)
+            if place_of_head is None:  # a model without the head, from the folder of one with it
                 continue
+            head = modules[place_of_head]
             tied = TiedLinear(place, head.bias)  # type: ignore[arg-type]  # for now
             _take_over(head, tied)
             heads.append(tied)
