@@ -14,7 +14,7 @@ PYTHON_FILES := python tests benches examples docs tools
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 .PHONY: help demo test test-rust test-fast test-slow test-torch check check-rust check-python check-docs \
-        docs bench bench-kernels bench-speed bench-compare bench-report bench-memory clean
+        docs bench bench-kernels bench-speed bench-compare bench-report bench-memory bench-torch clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -34,7 +34,7 @@ test-fast: $(VENV)/with-test ## Python tests and docstring examples, those that 
 test-slow: $(VENV)/with-test $(VENV)/minilm ## Python tests that take longer
 	$(PYTEST) -m slow --ignore=tests/torch --ignore=python/vqrs/torch
 
-test-torch: $(VENV)/with-test $(VENV)/torch ## tests of vqrs.torch, and of torch tensors elsewhere
+test-torch: $(VENV)/torch $(VENV)/with-test-torch $(VENV)/minilm ## tests of vqrs.torch, and of torch tensors elsewhere
 	$(PYTEST) tests/torch python/vqrs/torch
 	$(PYTEST) tests -k "torch or reads_safetensors" --ignore=tests/torch
 
@@ -75,6 +75,9 @@ bench-report: $(VENV)/with-bench ## tables of the last bench-speed, also into do
 
 bench-memory: $(VENV)/with-bench ## a table of 10,000,000 x 128: streamed, opened, shared (needs 5 GB of disk)
 	$(RUN) -m benches.memory
+
+bench-torch: $(VENV)/with-bench ## eager lookups in torch beside its own modules (10 minutes, 8 GB), into docs/performance.md
+	$(RUN) -m benches.torch_lookup
 
 clean: ## remove what was built, the environment included
 	rm -rf $(VENV) target dist docs/_build demo-tables python/vqrs/_core*.so

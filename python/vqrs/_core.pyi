@@ -98,8 +98,10 @@ class Table:
         errors: Mapping[str, float],
         names: Sequence[str] | None = None,
         metadata: Mapping[str, str] | None = None,
+        borrow: bool = False,
     ) -> Table:
-        """A table in memory from JSON text with its kind, parameters and decoder, the decoder's tensors, and codes."""
+        """A table in memory from JSON text with its kind, parameters and decoder, the decoder's tensors, and codes, which
+        are copied unless the table may ``borrow`` the array."""
     @staticmethod
     def from_groups(
         codecs: Sequence[Codec],
@@ -154,11 +156,10 @@ class Table:
         out: Any = None,
         n_jobs: int | None = None,
         dtype: str | None = None,
-        from_end: bool = True,
     ) -> Any:
         """Rows of C-contiguous int32 or int64 ids of any shape: (*ids.shape, dim), float32 unless ``out`` or ``dtype``
         says float16 or bfloat16 (as uint16). None, and nothing done, if ids or out is no such array.
-        Negative ids count from the end, or are refused without ``from_end``."""
+        Negative ids count from the end."""
     def decode(
         self,
         start: int,
@@ -177,10 +178,28 @@ class Table:
         out: Any = None,
         n_jobs: int | None = None,
         dtype: str | None = None,
-        from_end: bool = True,
     ) -> Any:
         """Bag b is ids[offsets[b]:offsets[b + 1]] of the flattened ids, the last one up to the end; empty bags give zeros.
         (len(offsets), dim); dtypes as in ``lookup``."""
+    def lookup_at(
+        self, ids: int, count: int, wide: bool, out: int, dtype: str, n_jobs: int | None
+    ) -> None:
+        """``lookup`` between addresses, for tensors of torch: ``count`` ids (int64 if ``wide``, else int32) into as many
+        rows of float32, float16 or bfloat16. The caller answers for the memory. Negative ids are refused."""
+    def pool_at(
+        self,
+        ids: int,
+        count: int,
+        wide: bool,
+        offsets: int | None,
+        bags: int,
+        weights: int | None,
+        mode: Literal["sum", "mean", "max"],
+        out: int,
+        dtype: str,
+        n_jobs: int | None,
+    ) -> None:
+        """``pool`` between addresses: offsets are int64 (None: bags of equal size), weights float32."""
     def search(
         self,
         queries: NDArray[np.float32],

@@ -300,8 +300,8 @@ def test_pretrained_modules_hand_over_their_arguments() -> None:
     plain = nn.Embedding(50, 8, padding_idx=3, sparse=True)
     assert vqrs.torch.Embedding.from_pretrained(plain, method="scalar").padding_idx == 3
     assert vqrs.torch.Embedding.from_pretrained(plain, method="scalar", padding_idx=None).padding_idx is None
-    with pytest.raises(ValueError, match="sparse=True"):
-        vqrs.torch.Embedding.from_pretrained(plain, trainable=True, method="scalar")
+    assert vqrs.torch.Embedding.from_pretrained(plain, method="scalar").sparse
+    assert vqrs.torch.Embedding.from_pretrained(plain, trainable=True, method="scalar").sparse
     with pytest.raises(ValueError, match="max_norm=1"):
         vqrs.torch.Embedding.from_pretrained(nn.Embedding(50, 8, max_norm=1.0), method="scalar")
     bag = nn.EmbeddingBag(50, 8, mode="max", include_last_offset=True, padding_idx=2)
@@ -325,7 +325,6 @@ def test_freeze_is_torchs_name_for_not_trainable() -> None:
     [
         ({"max_norm": 2.0}, "max_norm=2.0 is not supported"),
         ({"scale_grad_by_freq": True}, "scale_grad_by_freq=True is not supported"),
-        ({"sparse": True}, "sparse=True is not supported"),
         ({"padding_idx": 50}, "padding_idx=50 is not allowed"),
         ({"_weight": torch.zeros(50, 7)}, r"shape \(50, 7\), expected \(50, 8\)"),
     ],
@@ -365,7 +364,9 @@ def test_bags_equal_torchs(
     ids = torch.tensor([1, 4, 1, 9, 1, 1, 299, 8, 8], dtype=dtype)
     offsets = torch.tensor([0, 3, 3, 4, 6, 9], dtype=dtype)  # an empty bag, a bag of padding alone
     torch.testing.assert_close(bag(ids, offsets), own(ids, offsets))
-    torch.testing.assert_close(bag(ids.reshape(3, 3)), own(ids.reshape(3, 3)))
+    # torch 2.4 leaves out the last of two-dimensional bags where include_last_offset is set.
+    of_rows = nn.EmbeddingBag.from_pretrained(decoded(table), **(arguments | {"include_last_offset": False}))
+    torch.testing.assert_close(bag(ids.reshape(3, 3)), of_rows(ids.reshape(3, 3)))
     none = torch.tensor([], dtype=dtype)
     torch.testing.assert_close(bag(none, torch.zeros(3, dtype=dtype)), own(none, torch.zeros(3, dtype=dtype)))
     assert torch.equal(bag(torch.zeros(2, 0, dtype=dtype)), torch.zeros(2, DIM))
@@ -373,7 +374,7 @@ def test_bags_equal_torchs(
         weights = torch.linspace(-1, 2, 9)
         torch.testing.assert_close(bag(ids, offsets, weights), own(ids, offsets, weights))
         grid = weights.reshape(3, 3)
-        torch.testing.assert_close(bag(ids.reshape(3, 3), None, grid), own(ids.reshape(3, 3), None, grid))
+        torch.testing.assert_close(bag(ids.reshape(3, 3), None, grid), of_rows(ids.reshape(3, 3), None, grid))
 
 
 def test_sample_weights_get_their_gradient(trainable: bool) -> None:
@@ -382,7 +383,8 @@ def test_sample_weights_get_their_gradient(trainable: bool) -> None:
     gradients = []
     for bag in (
         vqrs.torch.EmbeddingBag.from_table(table, mode="sum", padding_idx=4, trainable=trainable),
-        nn.EmbeddingBag.from_pretrained(decoded(table), mode="sum", padding_idx=4),
+        # Not frozen: torch 2.4 fails where weights have a gradient and rows none.
+        nn.EmbeddingBag.from_pretrained(decoded(table), freeze=False, mode="sum", padding_idx=4),
     ):
         weights = torch.ones(4, requires_grad=True)
         bag(ids, offsets, weights).square().sum().backward()

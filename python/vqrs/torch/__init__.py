@@ -10,6 +10,7 @@ try:
 except ModuleNotFoundError as error:
     raise ImportError("vqrs.torch needs torch 2.4 or newer: pip install 'vqrs[torch]'") from error
 
+from vqrs.torch.distillation import Distillation, distill, output_loss
 from vqrs.torch.embedding import Embedding, EmbeddingBag
 from vqrs.torch.model import (
     CompressedModule,
@@ -20,18 +21,24 @@ from vqrs.torch.model import (
     decompress_,
 )
 from vqrs.torch.pretrained import from_pretrained, load_state_dict_, register_with_transformers, save_pretrained
+from vqrs.torch.training import EMACodebooks, Reassignment
 
 __all__ = [
     "CompressedModule",
     "CompressionReport",
+    "Distillation",
+    "EMACodebooks",
     "Embedding",
     "EmbeddingBag",
+    "Reassignment",
     "ScaledEmbedding",
     "TiedLinear",
     "compress_",
     "decompress_",
+    "distill",
     "from_pretrained",
     "load_state_dict_",
+    "output_loss",
     "register_with_transformers",
     "save_pretrained",
 ]

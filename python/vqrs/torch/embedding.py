@@ -17,14 +17,23 @@ from torch import Tensor, nn
 
 import vqrs
 from vqrs import _core
+from vqrs.torch import training
 from vqrs.torch.forms import FORMS, Decoder, decoder_from_parts
+from vqrs.torch.operators import (
+    ID_DTYPES,
+    as_arrays,
+    describe,
+    pool_gathered,
+    read_bags,
+    read_rows,
+    remember,
+    without_padding,
+)
+from vqrs.torch.training import Reassignment
 
 __all__ = ["Embedding", "EmbeddingBag"]
 
 Self = TypeVar("Self", bound="_TableModule")
-_ID_DTYPES = torch.int32, torch.int64
-_DIRECT = {torch.float16: "float16", torch.bfloat16: "bfloat16"}
-"""What the compiled core writes beside float32; float64 is a cast of that."""
 BLOCK = 65_536
 """Rows that are decoded at once where all are wanted: bounds the memory that unpacked codes take."""
 
@@ -40,10 +49,17 @@ class _TableModule(nn.Module):
     decoder: Decoder
     _output: Tensor
     # Plain attributes beside the buffers that say the same: torch finds those ten times more slowly.
+    _core: _core.Table
     _reads_core: bool
     _row_dtype: torch.dtype
-    _TAKEN_OVER: ClassVar[tuple[str, ...]] = ()
-    """Arguments that ``from_pretrained`` takes over from torch's own module."""
+    _text: str
+    _names: list[str]
+    _operators: bool = True
+    """Whether compiled and exported programs call the operators of vqrs; else they hold torch's own gathers."""
+    _TORCHS: ClassVar[tuple[str, ...]] = ()
+    """Arguments of torch's own ``from_pretrained`` behind ``freeze``, in its order: all attributes of its module."""
+    max_norm: None = None
+    scale_grad_by_freq: Literal[False] = False
 
     def __init__(
         self,
@@ -53,16 +69,29 @@ class _TableModule(nn.Module):
         compression: dict[str, Any],
         *,
         padding_idx: int | None,
+        max_norm: float | None,
+        norm_type: float,
+        scale_grad_by_freq: bool,
+        sparse: bool,
         trainable: bool,
+        straight_through: bool,
         device: Any,
         dtype: torch.dtype | str | None,
     ) -> None:
         super().__init__()
+        _refuse_unsupported(max_norm, scale_grad_by_freq)
+        if straight_through and not trainable:
+            raise ValueError("straight_through=True needs trainable=True: frozen rows have no gradient to keep")
         if isinstance(dtype, str):
             compression, dtype = compression | {"dtype": dtype}, None
         self.num_embeddings, self.embedding_dim = shape
         self.padding_idx = _padding_row(padding_idx, self.num_embeddings)
+        self.norm_type = norm_type
+        self.sparse = sparse
         self.trainable = trainable
+        self.straight_through = straight_through
+        self._row_gradients: list[tuple[Tensor, Tensor]] = []
+        self._codes_shared = True
         self._compression = compression if table is None else None
         if table is None:
             if weight is None:
@@ -135,9 +164,9 @@ class _TableModule(nn.Module):
     @classmethod
     def from_pretrained(
         cls: type[Self],
-        weight: Any,
+        embeddings: Any,
         freeze: bool | None = None,
-        *,
+        *torchs: Any,
         trainable: bool = False,
         **arguments: Any,
     ) -> Self:
@@ -145,12 +174,14 @@ class _TableModule(nn.Module):
 
         Parameters
         ----------
-        weight : tensor or array of shape (n, d) and any float dtype, torch.nn.Embedding or torch.nn.EmbeddingBag
-            Of a module, ``padding_idx`` (and for bags ``mode`` and ``include_last_offset``) are taken over unless
-            given. The result is on the weight's device and returns rows of its dtype, unless ``device`` and ``dtype``
-            are given.
+        embeddings : tensor or array of shape (n, d) and any float dtype, torch.nn.Embedding or torch.nn.EmbeddingBag
+            The weight, or the module that has it. Of a module, ``padding_idx``, ``sparse`` (and for bags ``mode`` and
+            ``include_last_offset``) are taken over unless given. The result is on the weight's device and returns rows
+            of its dtype, unless ``device`` and ``dtype`` are given.
         freeze : bool, optional
             Torch's name for ``not trainable``.
+        *torchs
+            Further arguments in the order of torch's own ``from_pretrained``.
         trainable : bool, default=False
             Whether codebooks, scales and offsets become parameters.
         **arguments
@@ -177,11 +208,18 @@ class _TableModule(nn.Module):
         0
         """
         trainable = _trainable(trainable, freeze)
-        if isinstance(weight, nn.Module):
-            names = cls._TAKEN_OVER + (("scale_grad_by_freq", "sparse") if trainable else ())
-            arguments = {name: getattr(weight, name) for name in names if hasattr(weight, name)} | arguments
-            weight = weight.weight
-        weight = torch.as_tensor(weight)
+        if len(torchs) > len(cls._TORCHS):
+            raise TypeError(f"from_pretrained takes at most {2 + len(cls._TORCHS)} arguments by position, as torch's")
+        positional = dict(zip(cls._TORCHS, torchs, strict=False))
+        if twice := positional.keys() & arguments.keys():
+            raise TypeError(f"from_pretrained got {', '.join(sorted(twice))} both by position and by name")
+        arguments |= positional
+        if isinstance(embeddings, nn.Module):
+            # How gradients are scaled is of no concern to rows that have none.
+            names = set(cls._TORCHS) - (set() if trainable else {"scale_grad_by_freq"})
+            arguments = {name: getattr(embeddings, name) for name in names if hasattr(embeddings, name)} | arguments
+            embeddings = embeddings.weight
+        weight = torch.as_tensor(embeddings)
         if weight.dim() != 2:
             raise ValueError(f"a weight must have two dimensions, rows and columns, not shape {tuple(weight.shape)}")
         make: Any = cls
@@ -192,11 +230,8 @@ class _TableModule(nn.Module):
     @property
     def weight(self) -> Tensor:
         """All rows, decoded: a tensor of shape (n, d). Made anew at every read; differentiable if trainable."""
-        if self._kernel_serves(self.codes):
-            decode = self._table._core.decode
-            rows = self._from_kernel(lambda dtype: decode(0, self.num_embeddings, None, None, dtype))
-            assert rows is not None, "all rows are there"
-            return rows
+        if self._reads_core and _is_eager(self.codes):
+            return read_rows(self._core, self.embedding_dim, torch.arange(self.num_embeddings), self._row_dtype)
         blocks = torch.arange(self.num_embeddings, device=self.codes.device).split(BLOCK)
         return torch.cat([self._gather(block).to(self.dtype) for block in blocks])
 
@@ -220,6 +255,7 @@ class _TableModule(nn.Module):
         ValueError
             If a trained value is not finite or cannot be stored.
         """
+        self._codes_shared = True  # with who gets the table
         if not self.trainable:
             return self._table
         core = self._table._core
@@ -234,7 +270,7 @@ class _TableModule(nn.Module):
                 names=core.names(),
                 metadata=core.metadata,
             )
-        return vqrs.Table(core.with_tensors(_as_arrays(tensors)) if tensors else core)
+        return vqrs.Table(core.with_tensors(as_arrays(tensors)) if tensors else core)
 
     def extra_repr(self) -> str:
         """Rows, columns, kind, bytes and ratio: what printing the module shows."""
@@ -243,37 +279,42 @@ class _TableModule(nn.Module):
         text += f", ratio={table.ratio:.2f}"
         if self.padding_idx is not None:
             text += f", padding_idx={self.padding_idx}"
-        return text + ", trainable=True" if self.trainable else text
+        for name in ("sparse", "trainable", "straight_through"):
+            if getattr(self, name):
+                text += f", {name}=True"
+        return text
 
     # ---- reading -----------------------------------------------------------------------------------------------
 
-    def _kernel_serves(self, ids: Tensor) -> bool:
-        """Whether the compiled core reads these rows: it knows neither gradients nor devices nor tracing."""
-        return self._reads_core and _is_plain(ids)
+    def _calls_operators(self) -> bool:
+        """Whether rows come from the operators: in programs traced for the CPU, and on CUDA devices in eager use.
 
-    def _from_kernel(self, read: Callable[[str], NDArray[Any] | None]) -> Tensor | None:
-        """The array that ``read(dtype)`` makes, as a tensor of its memory; None where it reads nothing."""
-        rows = read(_DIRECT.get(self._row_dtype, "float32"))
-        if rows is None:
-            return None
-        tensor = torch.from_numpy(rows)
-        if tensor.dtype == self._row_dtype:
-            return tensor
-        return tensor.view(torch.bfloat16) if tensor.dtype == torch.uint16 else tensor.to(self._row_dtype)
+        In programs for other devices, and for trainable values, torch's own gathers are fused into what stands around.
+        """
+        if self.trainable or not self._operators or torch.jit.is_tracing():
+            return False
+        traced = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
+        return self._reads_core if traced else self.codes.is_cuda
+
+    def _reads(self) -> tuple[Tensor, list[Tensor], str]:
+        """What the operators read: codes, the decoder's tensors, and the text that describes them."""
+        held = {**dict(self.decoder.named_parameters()), **dict(self.decoder.named_buffers())}
+        return self.codes, [held[name] for name in self._names], self._text
 
     def _gather(self, ids: Tensor) -> Tensor:
         """Rows of one-dimensional ids, by torch's own operators."""
         rows = self.decoder(F.embedding(ids, self.codes) if self.decoder.rows_apart else self.codes, ids)
+        self._keep_gradient(ids, rows)
         if self.padding_idx is None or not self.trainable:
             return rows
         return torch.where((ids == self.padding_idx)[:, None], rows.detach(), rows)
 
     def _check_ids(self, ids: Tensor) -> None:
         """Refuse the ids that torch's own modules refuse."""
-        if not isinstance(ids, Tensor) or ids.dtype not in _ID_DTYPES:
+        if not isinstance(ids, Tensor) or ids.dtype not in ID_DTYPES:
             found = ids.dtype if isinstance(ids, Tensor) else type(ids).__name__
             raise TypeError(f"ids must be a tensor of int32 or int64, not {found}")
-        if not _is_plain(ids) or ids.numel() == 0:  # another device checks by itself, without a wait for it
+        if not _is_eager(ids) or ids.numel() == 0:  # another device checks by itself, without a wait for it
             return
         low, high = (int(end) for end in torch.aminmax(ids))
         if low < 0 or high >= self.num_embeddings:
@@ -283,6 +324,162 @@ class _TableModule(nn.Module):
                 f"id {int(flat[position])} at position {position} is out of range for a table of "
                 f"{self.num_embeddings} rows (negative ids are refused, as torch does)"
             )
+
+    # ---- training ----------------------------------------------------------------------------------------------
+
+    def _keep_gradient(self, ids: Tensor, rows: Tensor) -> None:
+        """With ``straight_through``, note what reaches these rows in the backward pass."""
+        if self.straight_through and rows.requires_grad:
+            kept = self._row_gradients
+            rows.register_hook(lambda gradient: kept.append((ids.detach(), gradient.detach())))
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget the gradients of parameters, and those of rows that ``straight_through`` keeps."""
+        super().zero_grad(set_to_none)
+        self._row_gradients.clear()
+
+    def row_gradients(self) -> tuple[Tensor, Tensor]:
+        """The gradients of rows since the last ``reassign`` or ``zero_grad``, as ``straight_through=True`` keeps them.
+
+        Returns
+        -------
+        ids : int64 tensor of shape (m,)
+            Rows that were looked up, rising, each once. The padding row is not among them.
+        gradients : tensor of shape (m, d)
+            Of the loss by the row that ``forward`` gave, summed over all its places.
+        """
+        if not self._row_gradients:
+            return self.codes.new_empty(0, dtype=torch.int64), self._output.new_empty(0, self.embedding_dim)
+        ids = torch.cat([ids.reshape(-1).long() for ids, _ in self._row_gradients])
+        gradients = torch.cat([gradient for _, gradient in self._row_gradients])
+        kept, place = torch.unique(ids, return_inverse=True)
+        total = gradients.new_zeros(len(kept), self.embedding_dim).index_add_(0, place, gradients)
+        if self.padding_idx is not None:
+            kept, total = kept[kept != self.padding_idx], total[kept != self.padding_idx]
+        return kept, total
+
+    def reassign(
+        self,
+        ids: Tensor | None = None,
+        target: Tensor | None = None,
+        *,
+        learning_rate: float | None = None,
+        n_jobs: int | None = None,
+    ) -> Reassignment:
+        """Choose the codes of rows anew, for the present codebooks and scales.
+
+        Training moves codebooks; which entries a row picks stays as it was when the table was made. This chooses again,
+        by the quantizer that made the table, and takes the new code of a row where it is nearer to the target and
+        leaves the old one otherwise, so that no row moves away. Scales and values that live in a row are chosen with
+        its code. Parameters stay the objects that optimizers hold.
+
+        Parameters
+        ----------
+        ids : integer tensor of shape (m,), optional
+            Rows to choose for, each once. All rows by default; with ``learning_rate``, those that have a gradient.
+        target : float tensor of shape (m, d), optional
+            What the rows should be: rows of an uncompressed table, for example.
+        learning_rate : float, optional
+            Instead of ``target``, for modules with ``straight_through=True``: the target is the present row less
+            ``learning_rate`` times its gradient, which is the straight-through estimator [1]_. The gradients are
+            forgotten thereafter. One step must be long enough to reach another entry: the codes are all that remembers.
+        n_jobs : int, optional
+            Threads. The result does not depend on them.
+
+        Returns
+        -------
+        Reassignment
+            How many rows were chosen for and changed, and the error before and after.
+
+        Raises
+        ------
+        ValueError
+            If the targets do not fit, are not finite, or there are none, or the table is one of groups of rows
+            (``MixedPrecisionQuantizer``), which has no encoder of its own.
+        IndexError
+            If an id is out of range.
+
+        Notes
+        -----
+        A table's file is never written: the first change makes a copy of the codes in memory, which the module then
+        owns. ``state_dict``, ``to_table`` and lookups see the new codes; tables that were made before do not change.
+
+        References
+        ----------
+        .. [1] Y. Bengio, N. Léonard, A. Courville. Estimating or propagating gradients through stochastic neurons for
+           conditional computation, 2013. arXiv:1308.3432.
+
+        Examples
+        --------
+        >>> import torch, vqrs.torch
+        >>> weight = torch.linspace(-1, 1, 64).reshape(16, 4)
+        >>> embedding = vqrs.torch.Embedding.from_pretrained(
+        ...     weight, method="product", n_subvectors=2, n_bits=3, trainable=True, random_state=0
+        ... )
+        >>> outcome = embedding.reassign(target=weight.flip(0))
+        >>> outcome.n_rows, outcome.n_changed, outcome.error_after < outcome.error_before
+        (16, 16, True)
+        """
+        if (target is None) == (learning_rate is None):
+            raise ValueError(
+                "reassign needs either target=, what the rows should be, or learning_rate=, the step along the "
+                "gradients that straight_through=True keeps"
+            )
+        if not self.decoder.rows_apart:
+            raise ValueError(
+                f"reassign cannot encode a table of kind {self._table.kind!r}, whose groups of rows have a quantizer "
+                "each: make a table of one kind, or compress the new rows"
+            )
+        if learning_rate is not None:
+            ids, target = self._step(ids, learning_rate)
+        ids = torch.arange(self.num_embeddings) if ids is None else ids.detach().cpu().long()
+        assert target is not None
+        self._check_targets(ids, target)
+        target = target.detach().cpu()
+        if not bool(target.isfinite().all()):
+            raise ValueError("the target has NaN or infinity")
+        tensors = {name: tensor.cpu() for name, tensor in self.decoder.stored_tensors().items()}
+        codec = _core.Codec.from_parts(self._table._core.info(), as_arrays(tensors))
+        outcome = training.reassign(self, codec, ids, target, n_jobs)
+        self._row_gradients.clear()
+        return outcome
+
+    def _step(self, ids: Tensor | None, learning_rate: float) -> tuple[Tensor, Tensor]:
+        """Rows that have a gradient, all or those among the ids, and where a step along it leads."""
+        if not self.straight_through:
+            raise ValueError("learning_rate= needs a module with straight_through=True, which keeps gradients of rows")
+        found, gradients = self.row_gradients()
+        if ids is not None:
+            wanted = torch.isin(found, ids.to(found.device))
+            found, gradients = found[wanted], gradients[wanted]
+        with torch.no_grad():
+            return found, self._gather(found) - learning_rate * gradients
+
+    def _check_targets(self, ids: Tensor, target: Tensor) -> None:
+        if ids.dim() != 1:
+            raise ValueError(f"ids to reassign must have one dimension, not {ids.dim()}")
+        self._check_ids(ids)
+        if len(torch.unique(ids)) < len(ids):
+            raise ValueError("an id is given twice: each row can have one target")
+        expected = len(ids), self.embedding_dim
+        if tuple(target.shape) != expected or not target.is_floating_point():
+            raise ValueError(f"the target has shape {tuple(target.shape)} and {target.dtype}, not {expected} of floats")
+
+    def _own_codes(self) -> Tensor:
+        """Codes that nobody else reads, made on first use: uint8 (n, row_bytes) on the CPU, the table's own memory."""
+        if self._codes_shared:
+            core = self._table._core
+            core = _core.Table.from_parts(
+                core.info(),
+                core.tensors(),
+                core.codes(),
+                errors={"relative": math.nan},
+                names=core.names(),
+                metadata=core.metadata,
+            )
+            self._adopt(vqrs.Table(core), self.decoder)
+            self._codes_shared = False
+        return _as_tensor(self._table.codes)
 
     # ---- states ------------------------------------------------------------------------------------------------
 
@@ -294,16 +491,25 @@ class _TableModule(nn.Module):
             decoder = decoder_from_parts(table.info()["decoder"], tensors, codes, self.trainable)
         if "decoder" in self._modules:
             _keep_parameters(self.decoder, decoder)
+        for module in decoder.modules():
+            if isinstance(module, Decoder):
+                module.sparse = self.sparse
         device = self._output.device
         self._table = table
+        self._codes_shared = True
         self.register_buffer("codes", codes.to(device))
         self.decoder = decoder.to(device)
         self._take_note()
 
     def _take_note(self) -> None:
         """Keep plain copies of what every call asks."""
+        self._core = self._table._core
         self._reads_core = not self.trainable and self.codes.is_cpu
         self._row_dtype = self._output.dtype
+        self._text, self._names = describe(self._table.info()["decoder"], self.decoder)
+        if self._reads_core:
+            codes, tensors, text = self._reads()
+            remember(codes, tensors, text, self._core)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _TableModule:
         super()._apply(fn, recurse)
@@ -343,7 +549,8 @@ class _TableModule(nn.Module):
             elif "weight" in own:
                 self._load_weight(own["weight"])
             else:
-                missing_keys.extend(prefix + key for key in ("codes", "_extra_state") if key not in own)
+                expected = ["codes", "_extra_state", *(f"decoder.{name}" for name in self.decoder.state_dict())]
+                missing_keys.extend(prefix + key for key in expected if key not in own)
         except (ValueError, TypeError, LookupError, AttributeError, RuntimeError) as error:
             error_msgs.append(f"{prefix.rstrip('.') or type(self).__name__}: the state cannot be loaded: {error}")
 
@@ -356,7 +563,7 @@ class _TableModule(nn.Module):
         tensors = {name.removeprefix("decoder."): state[name].detach().cpu().clone() for name in names}
         decoder = FORMS[description["form"]](description, tensors, described["trainable"])
         stored, codes = decoder.stored_values(codes)
-        arrays = _as_arrays(stored)
+        arrays = as_arrays(stored)
         core = _core.Table.from_parts(
             json.dumps(described), arrays, codes.contiguous().numpy(), errors=described["errors"]
         )
@@ -381,11 +588,13 @@ class _TableModule(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         """All but the codes: they come back with the table, which a file's table reopens by its path."""
         buffers = {name: buffer for name, buffer in self._buffers.items() if name != "codes"}
-        return self.__dict__ | {"_buffers": buffers}
+        state = {name: value for name, value in self.__dict__.items() if name != "_core"}
+        return state | {"_buffers": buffers}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.register_buffer("codes", _as_tensor(self._table.codes).to(self._output.device))
+        self._take_note()
 
 
 class Embedding(_TableModule):
@@ -402,9 +611,15 @@ class Embedding(_TableModule):
         Columns.
     padding_idx : int, optional
         A row that gets no gradient. It returns what the table holds, which for a row of zeros need not be zeros.
-    max_norm, norm_type, scale_grad_by_freq, sparse
+    max_norm, scale_grad_by_freq
         Torch's arguments, refused unless at their defaults: rows share their codebooks, so that none can be scaled
         or trained on its own.
+    norm_type : float, default=2.0
+        Of ``max_norm``, and without effect like it.
+    sparse : bool, default=False
+        Whether codebooks, and scales and values that rows train of their own, get sparse gradients, for
+        ``torch.optim.SparseAdam``, ``SGD`` and ``Adagrad``. What all rows share (a mean, a rotation, the scales of
+        columns) keeps dense ones. Without effect on a frozen module.
     _weight : tensor of shape (num_embeddings, embedding_dim), optional
         What to compress.
     _freeze : bool, optional
@@ -417,6 +632,8 @@ class Embedding(_TableModule):
     trainable : bool, default=False
         Whether codebooks, scales and offsets are parameters (float32, in the units of the rows). Frozen, the module has
         no parameters, and on the CPU the compiled core looks up.
+    straight_through : bool, default=False
+        Whether a trainable module keeps the gradients of the rows that it returns, for :meth:`reassign`.
     **compression
         As in ``vqrs.compress``: ``ratio=``, ``nbytes=``, ``max_error=``, ``method=`` and its parameters.
 
@@ -448,7 +665,7 @@ class Embedding(_TableModule):
     torch.Size([4, 16, 4])
     """
 
-    _TAKEN_OVER = ("padding_idx", "max_norm")
+    _TORCHS = ("padding_idx", "max_norm", "norm_type", "scale_grad_by_freq", "sparse")
 
     def __init__(
         self,
@@ -465,28 +682,36 @@ class Embedding(_TableModule):
         dtype: torch.dtype | str | None = None,
         *,
         trainable: bool = False,
+        straight_through: bool = False,
         _table: vqrs.Table | None = None,
         **compression: Any,
     ) -> None:
-        _refuse_unsupported(max_norm, scale_grad_by_freq, sparse)
         super().__init__(
             (num_embeddings, embedding_dim),
             _table,
             _weight,
             compression,
             padding_idx=padding_idx,
+            max_norm=max_norm,
+            norm_type=norm_type,
+            scale_grad_by_freq=scale_grad_by_freq,
+            sparse=sparse,
             trainable=_trainable(trainable, _freeze),
+            straight_through=straight_through,
             device=device,
             dtype=dtype,
         )
 
-    def forward(self, input: Tensor) -> Tensor:
+    def forward(self, input: Tensor, *, out: Tensor | None = None) -> Tensor:
         """Look rows up.
 
         Parameters
         ----------
         input : int32 or int64 tensor of any shape
             Ids, from 0 to ``num_embeddings - 1``.
+        out : contiguous CPU tensor of shape (*input.shape, embedding_dim), optional
+            Filled and returned, in its own dtype: float32, float16 or bfloat16. From about 32 MiB on, memory that is
+            used again saves more time than the lookup takes. For frozen modules on the CPU.
 
         Returns
         -------
@@ -498,13 +723,16 @@ class Embedding(_TableModule):
             If an id is negative or beyond the last row. On other devices it is torch that finds out.
         TypeError
             If ids are neither int32 nor int64.
+        ValueError
+            If ``out`` cannot be filled.
         """
-        if self._kernel_serves(input):
-            ids = input.contiguous().numpy()
-            rows = self._from_kernel(lambda dtype: self._table._core.lookup(ids, None, None, dtype, False))
-            if rows is not None:
-                return rows
+        if self._reads_core and _is_eager(input):
+            return read_rows(self._core, self.embedding_dim, input, self._row_dtype, out)
+        _refuse_out(out)
         self._check_ids(input)
+        if self._calls_operators():
+            rows: Tensor = torch.ops.vqrs.lookup(input, *self._reads(), self.dtype, -1)
+            return rows
         return self._gather(input.reshape(-1)).to(self.dtype).reshape(*input.shape, self.embedding_dim)
 
 
@@ -531,7 +759,15 @@ class EmbeddingBag(_TableModule):
             [0., 0., 0., 1.]])
     """
 
-    _TAKEN_OVER = ("padding_idx", "max_norm", "mode", "include_last_offset")
+    _TORCHS = (
+        "max_norm",
+        "norm_type",
+        "scale_grad_by_freq",
+        "mode",
+        "sparse",
+        "include_last_offset",
+        "padding_idx",
+    )
 
     def __init__(
         self,
@@ -549,10 +785,10 @@ class EmbeddingBag(_TableModule):
         dtype: torch.dtype | str | None = None,
         *,
         trainable: bool = False,
+        straight_through: bool = False,
         _table: vqrs.Table | None = None,
         **compression: Any,
     ) -> None:
-        _refuse_unsupported(max_norm, scale_grad_by_freq, sparse)
         if mode not in ("sum", "mean", "max"):
             raise ValueError(f"mode={mode!r} is not allowed: must be 'sum', 'mean' or 'max'")
         super().__init__(
@@ -561,14 +797,26 @@ class EmbeddingBag(_TableModule):
             _weight,
             compression,
             padding_idx=padding_idx,
+            max_norm=max_norm,
+            norm_type=norm_type,
+            scale_grad_by_freq=scale_grad_by_freq,
+            sparse=sparse,
             trainable=trainable,
+            straight_through=straight_through,
             device=device,
             dtype=dtype,
         )
-        self.mode = mode
+        self.mode: Literal["sum", "mean", "max"] = mode
         self.include_last_offset = include_last_offset
 
-    def forward(self, input: Tensor, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        input: Tensor,
+        offsets: Tensor | None = None,
+        per_sample_weights: Tensor | None = None,
+        *,
+        out: Tensor | None = None,
+    ) -> Tensor:
         """Pool rows.
 
         Parameters
@@ -579,6 +827,8 @@ class EmbeddingBag(_TableModule):
             Where each bag begins in one-dimensional ids: from 0, never falling.
         per_sample_weights : float tensor of the shape of input, optional
             Factor of each row; of ``mode="sum"`` alone. It gets a gradient where it requires one.
+        out : contiguous CPU tensor of shape (n_bags, embedding_dim), optional
+            As in :meth:`Embedding.forward`.
 
         Returns
         -------
@@ -589,19 +839,32 @@ class EmbeddingBag(_TableModule):
         IndexError
             If an id is negative or beyond the last row.
         ValueError
-            If offsets or weights do not fit the ids.
+            If offsets or weights do not fit the ids, or ``out`` cannot be filled.
         TypeError
-            If ids are neither int32 nor int64.
+            If ids or offsets are neither int32 nor int64.
         """
-        differentiable = torch.is_grad_enabled() and getattr(per_sample_weights, "requires_grad", False)
-        served = self._kernel_serves(input) and not differentiable
-        if not served or self.padding_idx is not None or input.dtype not in _ID_DTYPES:
+        eager = self._reads_core and _is_eager(input)
+        if eager and input.dim() == 2 and offsets is None and per_sample_weights is None and self.padding_idx is None:
+            return read_bags(self._core, self.embedding_dim, input, None, None, self.mode, self._row_dtype, out)
+        if not eager or self.padding_idx is not None or input.dtype not in ID_DTYPES:
             self._check_ids(input)  # else the core looks at them, in the same pass
         offsets = self._bag_offsets(input, offsets)
         ids, weights = input.reshape(-1), self._flat_weights(input, per_sample_weights)
-        if served:
-            return self._kernel_pool(ids, offsets, weights)
-        return self._gather_pool(ids, offsets, weights).to(self.dtype)
+        differentiable = weights is not None and weights.requires_grad and torch.is_grad_enabled()
+        if eager and not differentiable:
+            if self.padding_idx is not None:
+                ids, offsets, weights = without_padding(ids, offsets, weights, self.padding_idx)
+            return read_bags(self._core, self.embedding_dim, ids, offsets, weights, self.mode, self._row_dtype, out)
+        _refuse_out(out)
+        if eager or self._calls_operators():
+            codes, tensors, text = self._reads()
+            padding = -1 if self.padding_idx is None else self.padding_idx
+            pooled: Tensor = torch.ops.vqrs.pool(
+                ids, offsets, weights, codes, tensors, text, self.mode, self.dtype, padding
+            )
+            return pooled
+        rows = self._gather(ids)
+        return pool_gathered(rows, ids, offsets, weights, self.mode, self.padding_idx).to(self.dtype)
 
     def _bag_offsets(self, ids: Tensor, offsets: Tensor | None) -> Tensor:
         if ids.dim() == 2:
@@ -609,14 +872,17 @@ class EmbeddingBag(_TableModule):
                 raise ValueError(
                     "offsets cannot be given with two-dimensional ids: each of their rows is a bag already"
                 )
-            return torch.arange(len(ids), device=ids.device) * ids.shape[1]
+            n_bags, n_ids = ids.shape
+            return torch.arange(0, n_bags * n_ids, n_ids, device=ids.device) if n_ids else ids.new_zeros(n_bags).long()
         if ids.dim() != 1:
             raise ValueError(f"ids of bags must have one or two dimensions, not {ids.dim()}")
         if offsets is None or offsets.dim() != 1:
             raise ValueError("one-dimensional ids need one-dimensional offsets, which say where each bag begins")
+        if offsets.dtype not in ID_DTYPES:
+            raise TypeError(f"offsets must be a tensor of int32 or int64, not {offsets.dtype}")
         if not self.include_last_offset:
             return offsets.long()
-        if _is_plain(offsets) and (len(offsets) == 0 or offsets[-1] != len(ids)):
+        if _is_eager(offsets) and (len(offsets) == 0 or offsets[-1] != len(ids)):
             raise ValueError(f"with include_last_offset the last offset must be {len(ids)}, the number of ids")
         return offsets[:-1].long()
 
@@ -628,35 +894,6 @@ class EmbeddingBag(_TableModule):
         if weights.shape != ids.shape:
             raise ValueError(f"per_sample_weights have shape {tuple(weights.shape)}, the ids {tuple(ids.shape)}")
         return weights.reshape(-1)
-
-    def _kernel_pool(self, ids: Tensor, offsets: Tensor, weights: Tensor | None) -> Tensor:
-        """Bags by the compiled core."""
-        if self.padding_idx is not None:
-            kept = ids != self.padding_idx
-            offsets = F.pad(kept.cumsum(0), (1, 0))[offsets]
-            ids, weights = ids[kept], None if weights is None else weights[kept]
-        factors = None if weights is None else weights.detach().float().contiguous().numpy()
-        arrays = ids.contiguous().numpy(), offsets.contiguous().numpy(), factors, self.mode
-        pooled = self._from_kernel(lambda dtype: self._table._core.pool(*arrays, None, None, dtype, False))
-        assert pooled is not None, "ids were checked to be int32 or int64"
-        return pooled
-
-    def _gather_pool(self, ids: Tensor, offsets: Tensor, weights: Tensor | None) -> Tensor:
-        """Bags by torch's own operators: its embedding bag over the decoded rows, each of which is used once."""
-        rows = self._gather(ids)
-        places = torch.arange(len(ids), device=ids.device)
-        padding = None
-        if self.padding_idx is not None:  # one row of zeros in front stands for all padding
-            rows, padding = F.pad(rows, (0, 0, 1, 0)), 0
-            places = torch.where(ids == self.padding_idx, 0, places + 1)
-        return F.embedding_bag(
-            places,
-            rows,
-            offsets,
-            mode=self.mode,
-            per_sample_weights=None if weights is None else weights.to(rows.dtype),
-            padding_idx=padding,
-        )
 
     def extra_repr(self) -> str:
         """Rows, columns, mode, kind, bytes and ratio: what printing the module shows."""
@@ -670,13 +907,25 @@ def _keep_parameters(old: Decoder, new: Decoder) -> None:
         for name, parameter in held.items():
             with torch.no_grad():
                 parameter.copy_(values[name])
-            setattr(new, name, parameter)
+            holder, _, own = name.rpartition(".")
+            setattr(new.get_submodule(holder), own, parameter)
 
 
-def _is_plain(tensor: Tensor) -> bool:
-    """Whether a tensor's values can be looked at here and now: on the CPU, not traced, not a stand-in."""
-    tracing = torch.compiler.is_compiling() or torch.jit.is_tracing()
-    return type(tensor) is Tensor and not tracing and tensor.is_cpu
+def _is_eager(tensor: Tensor) -> bool:
+    """Whether a tensor's values can be read here and now: on the CPU, and no mode of torch's is to see the call."""
+    return (
+        not torch.compiler.is_compiling()
+        and type(tensor) is Tensor
+        and tensor.is_cpu
+        and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and not torch.jit.is_tracing()
+    )
+
+
+def _refuse_out(out: Tensor | None) -> None:
+    if out is not None:
+        raise ValueError("out= is for frozen modules whose codes and ids are on the CPU, outside of compiled programs")
 
 
 def _compress(weight: Tensor, compression: Mapping[str, Any]) -> vqrs.Table:
@@ -699,15 +948,13 @@ def _padding_row(padding_idx: int | None, n_rows: int) -> int | None:
     return padding_idx % n_rows
 
 
-def _refuse_unsupported(max_norm: float | None, scale_grad_by_freq: bool, sparse: bool) -> None:
+def _refuse_unsupported(max_norm: float | None, scale_grad_by_freq: bool) -> None:
     if max_norm is not None:
         raise ValueError(
             f"max_norm={max_norm} is not supported, rows share their codebooks: scale the weight, then compress it"
         )
     if scale_grad_by_freq:
         raise ValueError("scale_grad_by_freq=True is not supported: weight the loss of each sample instead")
-    if sparse:
-        raise ValueError("sparse=True is not supported: gradients go to small codebooks and are dense; leave it out")
 
 
 def _as_tensor(array: NDArray[Any]) -> Tensor:
@@ -715,11 +962,3 @@ def _as_tensor(array: NDArray[Any]) -> Tensor:
     if array.dtype == np.uint16:
         return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
     return torch.from_numpy(array)
-
-
-def _as_arrays(tensors: Mapping[str, Tensor]) -> dict[str, NDArray[Any]]:
-    """Arrays as the compiled core takes them: the reverse of ``_as_tensor``."""
-    return {
-        name: tensor.view(torch.int16).numpy().view(np.uint16) if tensor.dtype == torch.bfloat16 else tensor.numpy()
-        for name, tensor in tensors.items()
-    }

@@ -19,6 +19,7 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from vqrs.reference import groups_of_rows, random_sign, row_bytes, trellis_layout, trellis_levels
 
@@ -34,6 +35,8 @@ __all__ = [
 ]
 
 Tensors = Mapping[str, Tensor]
+_FLOATS = {"float16": torch.float16, "bfloat16": torch.bfloat16}
+"""Values that stand in rows as they are."""
 
 
 def unpack_bits(codes: Tensor, bits: int, n_fields: int) -> Tensor:
@@ -83,6 +86,8 @@ class Decoder(nn.Module):
 
     rows_apart: ClassVar[bool] = True
     """Whether the codes of a row stand by themselves; else ``forward`` takes those of the whole table."""
+    sparse: bool = False
+    """Whether codebooks and what each row trains of its own get sparse gradients."""
 
     def __init__(self, description: Mapping[str, Any], tensors: Tensors, trainable: bool) -> None:
         super().__init__()
@@ -99,9 +104,17 @@ class Decoder(nn.Module):
     def real_values(description: Mapping[str, Any], stored: Tensors, codes: Tensor) -> dict[str, Tensor]:
         """The trainable values, float32, from the stored tensors and, where scales live in the rows, the codes."""
 
-    @abstractmethod
     def stored_values(self, codes: Tensor) -> tuple[dict[str, Tensor], Tensor]:
         """Tensors (by name, units and dtype as a table stores them) and codes that hold the present values."""
+        return self.stored_tensors(), self.stored_codes(codes)
+
+    @abstractmethod
+    def stored_tensors(self) -> dict[str, Tensor]:
+        """The present values, by name, units and dtype as a table stores them."""
+
+    def stored_codes(self, codes: Tensor) -> Tensor:
+        """The codes of all rows with the present values of what lives in the rows; the same tensor if nothing does."""
+        return codes
 
     @abstractmethod
     def forward(self, codes: Tensor, ids: Tensor) -> Tensor:
@@ -117,6 +130,14 @@ class Decoder(nn.Module):
         -------
         Tensor of shape (n, dim): float32, or the dtype of the parameters
         """
+
+    def values_of_rows(self, codes: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """The parameters that have an entry for each row, each with what these codes, (n, row_bytes), hold for it."""
+        return []
+
+    def lifted(self, codes: Tensor) -> tuple[Decoder, Tensor]:
+        """The same decoder with the floats of all rows beside the codes: for programs that cannot read them there."""
+        return self, codes
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Decoder:
         """Devices are followed; ``.half()`` and its kind change parameters, but not what a table stores."""
@@ -150,8 +171,8 @@ class BooksDecoder(Decoder):
         scales = _scales_of_groups(description, stored)
         return {name: stored[name].float() * scale for name, scale in scales.items()}
 
-    def stored_values(self, codes: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-        """Codebooks with the scale taken out, and the codes as they are."""
+    def stored_tensors(self) -> dict[str, Tensor]:
+        """Codebooks with the scale taken out."""
         books = [getattr(self, f"codebooks_{group}").detach() for group in range(len(self.runs))]
         scales = {"scales": self.scales} if hasattr(self, "scales") else {}
         if self.trainable and self.stored_dtype == torch.int8:
@@ -165,18 +186,21 @@ class BooksDecoder(Decoder):
         elif self.trainable:
             books = [(book / self.stored_scale).to(self.stored_dtype) for book in books]
             _refuse_unstorable(*books)
-        return {f"codebooks.{group}": book for group, book in enumerate(books)} | scales, codes
+        return {f"codebooks.{group}": book for group, book in enumerate(books)} | scales
 
     def forward(self, codes: Tensor, ids: Tensor) -> Tensor:
         """Decode rows; see :meth:`Decoder.forward`."""
-        fields = unpack_bits(codes, self.bits, sum(n_books for n_books, _ in self.groups))
+        fields = self.fields(codes)
         pieces = []
         held = dict(self.named_buffers())
         scales = {} if self.trainable else _scales_of_groups(self.description, held)
         for group, ((n_books, width), runs) in enumerate(zip(self.groups, self.runs, strict=True)):
             books = getattr(self, f"codebooks_{group}")
-            first_entry = torch.arange(n_books, device=codes.device) << self.bits
-            entries = F.embedding(fields[:, :n_books] + first_entry, books.flatten(0, 1))
+            if self.sparse and self.trainable:
+                entries: Tensor = _EntriesOfBooks.apply(books, fields[:, :n_books])
+            else:
+                first_entry = torch.arange(n_books, device=codes.device) * 2**self.bits
+                entries = F.embedding(fields[:, :n_books] + first_entry, books.flatten(0, 1))
             fields = fields[:, n_books:]
             if not self.trainable:
                 scale = scales[f"codebooks_{group}"]
@@ -186,6 +210,39 @@ class BooksDecoder(Decoder):
                 rest = self.dim - start - count * width
                 pieces.append(F.pad(piece, (start, rest)) if start or rest else piece)
         return functools.reduce(torch.add, pieces)
+
+    def fields(self, codes: Tensor) -> Tensor:
+        """The entries that rows pick, int64 (n, n_books of all groups)."""
+        return unpack_bits(codes, self.bits, sum(n_books for n_books, _ in self.groups))
+
+    def groups_of_books(self) -> list[tuple[Tensor, list[int]]]:
+        """The codebooks of each group, (n_books, 2**bits, width), and the column at which each book starts."""
+        groups = self.description["groups"]
+        return [(getattr(self, f"codebooks_{number}"), group["starts"]) for number, group in enumerate(groups)]
+
+
+class _EntriesOfBooks(torch.autograd.Function):
+    """Entries (n, n_books, width) of books (n_books, n_entries, width), whose gradient is sparse in its first two axes:
+    torch's own gathers have sparse gradients for matrices alone.
+    """
+
+    @staticmethod
+    def forward(books: Tensor, fields: Tensor) -> Tensor:
+        return books[torch.arange(len(books), device=books.device), fields]
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        books, fields = inputs
+        ctx.shape = books.shape
+        ctx.save_for_backward(fields)
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        (fields,) = ctx.saved_tensors
+        book = torch.arange(ctx.shape[0], device=fields.device).expand_as(fields)
+        places = torch.stack([book.flatten(), fields.flatten()])
+        return torch.sparse_coo_tensor(places, gradient.flatten(0, 1), ctx.shape, check_invariants=False), None
 
 
 class LevelsDecoder(Decoder):
@@ -197,8 +254,6 @@ class LevelsDecoder(Decoder):
     shape (n_rows, 16 * n_blocks), is what they train.
     """
 
-    FLOATS: ClassVar = {"float16": torch.float16, "bfloat16": torch.bfloat16}
-
     def __init__(self, description: Mapping[str, Any], tensors: Tensors, trainable: bool) -> None:
         super().__init__(description, tensors, trainable)
         self.description = dict(description)
@@ -206,43 +261,59 @@ class LevelsDecoder(Decoder):
     @staticmethod
     def real_values(description: Mapping[str, Any], stored: Tensors, codes: Tensor) -> dict[str, Tensor]:
         """Scales and offsets: by column as stored, by row and block read from the rows."""
-        if description["dtype"] in LevelsDecoder.FLOATS:
+        if description["dtype"] in _FLOATS:
             raise ValueError(
                 f"a {description['dtype']} table has no codebooks or scales to train: use a method that has "
                 "(method='product'), or train a torch.nn.Embedding"
             )
-        if description["dtype"] == "free4":
-            return {"own": _own_levels(description, codes)}
         table = {"levels": stored["levels"].clone()} if _is_table(description) else {}
         if description["granularity"] == "column":
             return table | {name: stored[name].clone() for name in _trained(description)}
-        pairs = dict(zip(("scale", "offset"), _scales_of_rows(description, codes), strict=True))
-        return table | {name: pairs[name] for name in _trained(description)}
+        return table | _values_in_rows(description, codes)
 
-    def stored_values(self, codes: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-        """Tables, and by column the scales and offsets; by row and block, codes with the present ones in the rows."""
+    def stored_tensors(self) -> dict[str, Tensor]:
+        """Tables, and by column the scales and offsets."""
         if not self.trainable:
-            return dict(self.named_buffers()), codes
+            return dict(self.named_buffers())
+        stored = {"levels": self.levels.detach().float()} if _is_table(self.description) else {}
+        if self.description["granularity"] == "column":
+            scale, offset = self._present_scales()
+            stored |= {"scale": scale} if stored else {"scale": scale, "offset": offset}
+        _refuse_unstorable(*stored.values())
+        return stored
+
+    def stored_codes(self, codes: Tensor) -> Tensor:
+        """Codes with the present scales and offsets in the rows, where they live there."""
+        if not self.trainable or self.description["granularity"] == "column":
+            return codes
         if self.description["dtype"] == "free4":
             own = (self.own.detach().float() / self.description["scale_factor"]).half()
             _refuse_unstorable(own)
-            return {}, torch.cat([codes[:, : _level_bytes(self.description)], own.contiguous().view(torch.uint8)], 1)
-        table = {"levels": self.levels.detach().float()} if _is_table(self.description) else {}
-        _refuse_unstorable(*table.values())
+            return torch.cat([codes[:, : _level_bytes(self.description)], own.contiguous().view(torch.uint8)], 1)
+        return _rows_with_scales(self.description, codes, *self._present_scales())
+
+    def _present_scales(self) -> tuple[Tensor, Tensor]:
         scale = self.scale.detach().float()
-        offset = self._symmetric_offset(scale) if self.description["symmetric"] else self.offset.detach().float()
-        if self.description["granularity"] == "column":
-            _refuse_unstorable(scale, offset)
-            return table | ({"scale": scale} if table else {"scale": scale, "offset": offset}), codes
-        return table, _rows_with_scales(self.description, codes, scale, offset)
+        return scale, self._symmetric_offset(scale) if self.description["symmetric"] else self.offset.detach().float()
+
+    def values_of_rows(self, codes: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Scales and offsets, or levels of a row's own; none by column."""
+        if not self.trainable or self.description["granularity"] == "column":
+            return []
+        values = _values_in_rows(self.description, codes)
+        return [(getattr(self, name), value) for name, value in values.items()]
 
     def forward(self, codes: Tensor, ids: Tensor) -> Tensor:
         """Decode rows; see :meth:`Decoder.forward`."""
-        if self.description["dtype"] in self.FLOATS:
-            return codes.contiguous().view(self.FLOATS[self.description["dtype"]]).float()
+        if self.description["dtype"] in _FLOATS:
+            return codes.contiguous().view(_FLOATS[self.description["dtype"]]).float()
         places = unpack_bits(codes, _level_bits(self.description), self.dim)
         if self.description["dtype"] == "free4":
-            own = F.embedding(ids, self.own) if self.trainable else _own_levels(self.description, codes)
+            own = (
+                F.embedding(ids, self.own, sparse=self.sparse)
+                if self.trainable
+                else _own_levels(self.description, codes)
+            )
             size = self.description["block_size"] if self.description["granularity"] == "block" else self.dim
             return own.gather(1, places + 16 * (torch.arange(self.dim, device=codes.device) // size))
         scale, offset = self._scales(codes, ids)
@@ -261,9 +332,9 @@ class LevelsDecoder(Decoder):
         if not self.trainable:
             scale, offset = _scales_of_rows(self.description, codes)
         else:
-            scale = F.embedding(ids, self.scale)
+            scale = F.embedding(ids, self.scale, sparse=self.sparse)
             symmetric = self.description["symmetric"]
-            offset = self._symmetric_offset(scale) if symmetric else F.embedding(ids, self.offset)
+            offset = self._symmetric_offset(scale) if symmetric else F.embedding(ids, self.offset, sparse=self.sparse)
         if self.description["granularity"] == "row":
             return scale, offset
         size = self.description["block_size"]
@@ -283,6 +354,9 @@ class LinearDecoder(Decoder):
     def __init__(self, description: Mapping[str, Any], tensors: Tensors, trainable: bool) -> None:
         super().__init__(description, _own(tensors), trainable)
         self.rotation_kind: dict[str, Any] = description["rotation"]
+        if self.rotation_kind["kind"] == "hadamard":
+            signs = _signs(self.dim, self.rotation_kind["seed"], self.rotation_kind["rounds"])
+            self.register_buffer("signs", signs, persistent=False)
         self.inner = FORMS[description["inner"]["form"]](description["inner"], _inner(tensors, "inner."), trainable)
 
     @staticmethod
@@ -295,10 +369,9 @@ class LinearDecoder(Decoder):
             own["rotation"] = own["rotation"] * own.pop("rotation_scale")[:, None]
         return own | {f"inner.{name}": value for name, value in values.items()}
 
-    def stored_values(self, codes: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-        """Tensors and codes of the decoder inside, the mean, and the rotation in its stored type."""
-        values, codes = self.inner.stored_values(codes)
-        stored = {f"inner.{name}": value for name, value in values.items()}
+    def stored_tensors(self) -> dict[str, Tensor]:
+        """Tensors of the decoder inside, the mean, and the rotation in its stored type."""
+        stored = {f"inner.{name}": value for name, value in self.inner.stored_tensors().items()}
         own = {name: tensor.detach() for name, tensor in self._own_tensors()}
         if self.trainable and "rotation" in own:
             dtype = self.rotation_kind["dtype"]
@@ -309,10 +382,19 @@ class LinearDecoder(Decoder):
             else:
                 own["rotation"] = own["rotation"].to(getattr(torch, dtype))
             _refuse_unstorable(*own.values())
-        return stored | {name.replace("_", "."): tensor for name, tensor in own.items()}, codes
+        return stored | {name.replace("_", "."): tensor for name, tensor in own.items()}
+
+    def stored_codes(self, codes: Tensor) -> Tensor:
+        """Codes of the decoder inside."""
+        return self.inner.stored_codes(codes)
+
+    def values_of_rows(self, codes: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Those of the decoder inside."""
+        return self.inner.values_of_rows(codes)
 
     def _own_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        return itertools.chain(self.named_parameters(recurse=False), self.named_buffers(recurse=False))
+        own = itertools.chain(self.named_parameters(recurse=False), self.named_buffers(recurse=False))
+        return ((name, tensor) for name, tensor in own if name != "signs")
 
     def forward(self, codes: Tensor, ids: Tensor) -> Tensor:
         """Decode rows; see :meth:`Decoder.forward`."""
@@ -323,8 +405,21 @@ class LinearDecoder(Decoder):
                 matrix = matrix * self.rotation_scale[:, None]
             rows = rows @ matrix
         elif self.rotation_kind["kind"] == "hadamard":
-            rows = _turn_back(rows, self.rotation_kind["seed"], self.rotation_kind["rounds"])
+            rows = _turn_back(rows, self.signs)
         return rows + self.mean if hasattr(self, "mean") else rows
+
+    def inverse(self, rows: Tensor) -> Tensor:
+        """What the decoder inside should give for these rows, (n, dim): (n, n_inner_columns), by least squares."""
+        rows = (rows - self.mean if hasattr(self, "mean") else rows).double()
+        if self.rotation_kind["kind"] == "matrix":
+            matrix = self.rotation.double()
+            if hasattr(self, "rotation_scale"):
+                matrix = matrix * self.rotation_scale[:, None]
+            return rows @ torch.linalg.pinv(matrix)
+        if self.rotation_kind["kind"] == "hadamard":
+            unit = torch.eye(self.dim, dtype=rows.dtype, device=rows.device)
+            return rows @ _turn_back(unit, self.signs).T
+        return rows
 
 
 class JoinDecoder(Decoder):
@@ -348,15 +443,20 @@ class JoinDecoder(Decoder):
             values |= {f"parts.{number}.{name}": value for name, value in found.items()}
         return values
 
-    def stored_values(self, codes: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-        """Tensors and codes of the parts."""
-        stored: dict[str, Tensor] = {}
-        pieces = []
-        for number, (part, cut) in enumerate(zip(self.parts, codes.split(self.sizes, 1), strict=True)):
-            values, piece = part.stored_values(cut)
-            stored |= {f"parts.{number}.{name}": value for name, value in values.items()}
-            pieces.append(piece)
-        return stored, torch.cat(pieces, 1)
+    def stored_tensors(self) -> dict[str, Tensor]:
+        """Tensors of the parts."""
+        return _stored_tensors_of("parts", self.parts)
+
+    def stored_codes(self, codes: Tensor) -> Tensor:
+        """Codes of the parts, side by side."""
+        cuts = codes.split(self.sizes, 1)
+        pieces = [part.stored_codes(cut) for part, cut in zip(self.parts, cuts, strict=True)]
+        return codes if all(piece is cut for piece, cut in zip(pieces, cuts, strict=True)) else torch.cat(pieces, 1)
+
+    def values_of_rows(self, codes: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Those of the parts."""
+        cuts = zip(self.parts, codes.split(self.sizes, 1), strict=True)
+        return [pair for part, cut in cuts for pair in part.values_of_rows(cut)]
 
     def forward(self, codes: Tensor, ids: Tensor) -> Tensor:
         """Decode rows; see :meth:`Decoder.forward`."""
@@ -386,11 +486,11 @@ class TrellisDecoder(Decoder):
         """The scales as they are."""
         return {name: tensor.clone() for name, tensor in stored.items()}
 
-    def stored_values(self, codes: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-        """The scales as float32, and the codes as they are."""
+    def stored_tensors(self) -> dict[str, Tensor]:
+        """The scales as float32."""
         scales = {"columns": self.columns.detach().float(), "scales": self.scales.detach().float()}
         _refuse_unstorable(*scales.values())
-        return scales, codes
+        return scales
 
     def forward(self, codes: Tensor, ids: Tensor) -> Tensor:
         """Decode rows; see :meth:`Decoder.forward`."""
@@ -450,17 +550,18 @@ class SegmentsDecoder(Decoder):
             values |= {f"groups.{number}.{name}": value for name, value in found.items()}
         return values
 
-    def stored_values(self, codes: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-        """Tensors and codes of the groups, and the map."""
-        stored: dict[str, Tensor] = {}
-        pieces = []
-        for number, (group, cut) in enumerate(zip(self.groups, self._cut(codes), strict=True)):
-            values, piece = group.stored_values(cut)
-            stored |= {f"groups.{number}.{name}": value for name, value in values.items()}
-            pieces.append(piece.reshape(-1))
-        flat = torch.cat(pieces)
-        flat = F.pad(flat, (0, codes.numel() - flat.numel()))
-        return stored | ({} if self.map is None else {"map": self.map}), flat.reshape(codes.shape)
+    def stored_tensors(self) -> dict[str, Tensor]:
+        """Tensors of the groups, and the map."""
+        return _stored_tensors_of("groups", self.groups) | ({} if self.map is None else {"map": self.map})
+
+    def stored_codes(self, codes: Tensor) -> Tensor:
+        """Codes of the groups, one after the other."""
+        cuts = self._cut(codes)
+        pieces = [group.stored_codes(cut) for group, cut in zip(self.groups, cuts, strict=True)]
+        if all(piece is cut for piece, cut in zip(pieces, cuts, strict=True)):
+            return codes
+        flat = torch.cat([piece.reshape(-1) for piece in pieces])
+        return F.pad(flat, (0, codes.numel() - flat.numel())).reshape(codes.shape)
 
     def forward(self, codes: Tensor, ids: Tensor) -> Tensor:
         """Decode rows; see :meth:`Decoder.forward`. ``codes`` are those of all rows of the table."""
@@ -489,10 +590,14 @@ class SparseDecoder(Decoder):
         """The values that rows keep."""
         return {"values": _kept_values(description, codes)}
 
-    def stored_values(self, codes: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    def stored_tensors(self) -> dict[str, Tensor]:
+        """None: all lives in the rows."""
+        return {}
+
+    def stored_codes(self, codes: Tensor) -> Tensor:
         """Codes with the present values in the rows."""
         if not self.trainable:
-            return {}, codes
+            return codes
         values = self.values.detach().float()
         factor, dtype = self.description["scale_factor"], self.description["dtype"]
         if dtype == "int8":
@@ -505,11 +610,19 @@ class SparseDecoder(Decoder):
             kept = (values / factor).half() if dtype == "float16" else values
             stored = [kept.contiguous().view(torch.uint8)]
             _refuse_unstorable(kept)
-        return {}, torch.cat([codes[:, : _place_bytes(self.description)], *stored], 1)
+        return torch.cat([codes[:, : _place_bytes(self.description)], *stored], 1)
+
+    def values_of_rows(self, codes: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """The values that rows keep."""
+        return [(self.values, _kept_values(self.description, codes))] if self.trainable else []
 
     def forward(self, codes: Tensor, ids: Tensor) -> Tensor:
         """Decode rows; see :meth:`Decoder.forward`."""
-        values = F.embedding(ids, self.values) if self.trainable else _kept_values(self.description, codes)
+        values = (
+            F.embedding(ids, self.values, sparse=self.sparse)
+            if self.trainable
+            else _kept_values(self.description, codes)
+        )
         columns = self._columns(codes)
         # One column more takes what stands outside the row.
         rows = torch.zeros(len(codes), self.dim + 1, dtype=values.dtype, device=codes.device)
@@ -519,8 +632,7 @@ class SparseDecoder(Decoder):
         """The column of each kept value, int64 (n, kept); ``dim`` where there is none."""
         kept, places = self.description["kept"], codes[:, : _place_bytes(self.description)]
         if self.description["places"] == "columns":
-            bits = max((self.dim - 1).bit_length(), 1)
-            return unpack_bits(places, bits, kept).clamp(max=self.dim)
+            return unpack_bits(places, _place_bits(self.dim), kept).clamp(max=self.dim)
         present = unpack_bits(places, 1, self.dim)
         rank = torch.where(present > 0, present.cumsum(1) - 1, kept).clamp(max=kept)
         numbers = torch.arange(self.dim, device=codes.device).expand_as(rank)
@@ -528,10 +640,15 @@ class SparseDecoder(Decoder):
         return columns.scatter(1, rank, numbers)[:, :kept]
 
 
+def _place_bits(dim: int) -> int:
+    """Bits of a column's number."""
+    return max(math.ceil(math.log2(dim)), 1)
+
+
 def _place_bytes(description: Mapping[str, Any]) -> int:
     """Bytes of a row that say which columns it keeps."""
     dim, kept = description["dim"], description["kept"]
-    bits = dim if description["places"] == "bitmap" else kept * max((dim - 1).bit_length(), 1)
+    bits = dim if description["places"] == "bitmap" else kept * _place_bits(dim)
     return (bits + 7) // 8
 
 
@@ -591,6 +708,14 @@ def _own_levels(description: Mapping[str, Any], codes: Tensor) -> Tensor:
     return _behind(description, codes).view(torch.float16).float() * description["scale_factor"]
 
 
+def _values_in_rows(description: Mapping[str, Any], codes: Tensor) -> dict[str, Tensor]:
+    """What rows hold behind their levels and train: levels of their own, or scales and offsets."""
+    if description["dtype"] == "free4":
+        return {"own": _own_levels(description, codes)}
+    pairs = dict(zip(("scale", "offset"), _scales_of_rows(description, codes), strict=True))
+    return {name: pairs[name] for name in _trained(description)}
+
+
 def _in_bytes(description: Mapping[str, Any]) -> bool:
     """Whether scales take one byte: the bits 6 to 13 of a float16."""
     return description.get("scale_dtype", "float16") == "float8"
@@ -614,6 +739,15 @@ def _codes_of_groups(codes: Tensor, counts: list[int], sizes: list[int]) -> list
     return [cut.reshape(count, size) for cut, count, size in zip(cuts, counts, sizes, strict=True)]
 
 
+def _stored_tensors_of(name: str, decoders: nn.ModuleList) -> dict[str, Tensor]:
+    """The stored tensors of several decoders, under their numbers."""
+    return {
+        f"{name}.{number}.{key}": value
+        for number, decoder in enumerate(decoders)
+        for key, value in decoder.stored_tensors().items()
+    }
+
+
 def _own(tensors: Tensors) -> dict[str, Tensor]:
     """Those that belong to no decoder inside."""
     return {name: tensor for name, tensor in tensors.items() if "." not in name}
@@ -632,20 +766,24 @@ def _held_name(name: str) -> str:
 
 
 @functools.cache
-def _signs(dim: int, seed: int, passes: int) -> Tensor:
+def _signs_of(dim: int, seed: int, passes: int) -> Tensor:
     return torch.tensor([[random_sign(seed, turn * dim + place) for place in range(dim)] for turn in range(passes)])
 
 
-def _turn_back(rows: Tensor, seed: int, rounds: int) -> Tensor:
+def _signs(dim: int, seed: int, rounds: int) -> Tensor:
+    """The signs of each pass: two passes a round, unless one reaches all columns."""
+    is_power = dim & (dim - 1) == 0
+    return _signs_of(dim, seed, rounds if is_power else 2 * rounds).float()
+
+
+def _turn_back(rows: Tensor, signs: Tensor) -> Tensor:
     """Signs, then Walsh-Hadamard, of the first and of the last 2**k columns in turns; undone from the last one on."""
     dim = rows.shape[1]
-    size = 1 << (dim.bit_length() - 1)
-    passes = rounds if size == dim else 2 * rounds
-    signs = _signs(dim, seed, passes).to(rows)
-    for number in reversed(range(passes)):
+    size = 2 ** math.floor(math.log2(dim))
+    for number in reversed(range(len(signs))):
         start = dim - size if number % 2 else 0
         turned = _hadamard(rows[:, start : start + size])
-        rows = torch.cat([rows[:, :start], turned, rows[:, start + size :]], 1) * signs[number]
+        rows = torch.cat([rows[:, :start], turned, rows[:, start + size :]], 1) * signs[number].to(rows.dtype)
     return rows
 
 

@@ -90,10 +90,11 @@ class ScaledEmbedding(Embedding):
         else:
             self.embed_scale = embed_scale
 
-    def forward(self, input: Tensor) -> Tensor:
+    def forward(self, input: Tensor, *, out: Tensor | None = None) -> Tensor:
         """Look rows up and scale them; see :meth:`Embedding.forward`."""
-        scale = self.embed_scale
-        return super().forward(input) * (scale.to(self.dtype) if isinstance(scale, Tensor) else scale)
+        rows = super().forward(input, out=out)
+        scale = self.embed_scale.to(rows.dtype) if isinstance(self.embed_scale, Tensor) else self.embed_scale
+        return rows * scale if out is None else rows.mul_(scale)
 
     def extra_repr(self) -> str:
         """What printing an :class:`Embedding` shows, and the factor."""

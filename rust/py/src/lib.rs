@@ -1,5 +1,6 @@
 //! The compiled module `vqrs._core`: converts, releases the GIL, maps errors. Nothing else happens here.
 
+mod address;
 mod array;
 mod call;
 mod codec;

@@ -1,5 +1,6 @@
 //! Classes `Table` and `TableWriter`.
 
+use crate::address;
 use crate::array::{self, checked, matrix, tensors, tensors_from, to_json, view, Rows};
 use crate::call::{detached, long, short};
 use crate::codec::Codec;
@@ -61,6 +62,15 @@ fn rows_of(ids: Ids<'_>, table: &table::Table, from_end: bool) -> vqrs_core::Res
         }
     }
     Ok(wrapped)
+}
+
+fn pooling(mode: &str) -> PyResult<Pooling> {
+    match mode {
+        "sum" => Ok(Pooling::Sum),
+        "mean" => Ok(Pooling::Mean),
+        "max" => Ok(Pooling::Max),
+        other => Err(to_py(Error::parameter("mode", format!("{other:?}"), "must be sum, mean or max"))),
+    }
 }
 
 /// Names of rows.
@@ -150,15 +160,16 @@ impl Table {
     }
 
     #[staticmethod]
-    #[pyo3(signature = (description, tensors, codes, *, errors, names=None, metadata=None))]
+    #[pyo3(signature = (description, tensors, codes, *, errors, names=None, metadata=None, borrow=false))]
     fn from_parts(
         py: Python<'_>,
         description: &str,
         tensors: &Bound<'_, PyDict>,
-        codes: PyReadonlyArray2<'_, u8>,
+        codes: &Bound<'_, PyArray2<u8>>,
         errors: &Bound<'_, PyAny>,
         names: Option<&Bound<'_, PyAny>>,
         metadata: Option<&Bound<'_, PyAny>>,
+        borrow: bool,
     ) -> PyResult<Self> {
         let bad = |why: String| PyValueError::new_err(format!("not the description of a table: {why}"));
         let object: Map<String, Value> = serde_json::from_str(description).map_err(|e| bad(e.to_string()))?;
@@ -166,6 +177,8 @@ impl Table {
             |key: &str| object.get(key).and_then(Value::as_object).cloned().ok_or_else(|| bad(format!("no {key}")));
         let kind = object.get("kind").and_then(Value::as_str).ok_or_else(|| bad("no kind".into()))?;
         let decoder = checked(Decoder::from_parts(&part("decoder")?, &tensors_from(tensors)?))?;
+        let held = borrow.then(|| address::borrow(codes)).transpose()?;
+        let codes = codes.try_readonly()?;
         let (rows, codes) = (codes.as_array().nrows(), codes.as_slice()?);
         let (names, metadata) = (names.map(texts).transpose()?, strings(metadata)?);
         let about = About {
@@ -175,7 +188,8 @@ impl Table {
             metadata: metadata.clone(),
         };
         let table = detached(py, || {
-            let table = table::Table::new(decoder, Buffer::copy_of(codes), rows, about)?;
+            let codes = held.unwrap_or_else(|| Buffer::copy_of(codes));
+            let table = table::Table::new(decoder, codes, rows, about)?;
             table.with_metadata(names.as_deref(), metadata)
         })?;
         Ok(Table::of(table))
@@ -304,7 +318,7 @@ impl Table {
         Ok(Value::Object(self.get()?.info()).to_string())
     }
 
-    #[pyo3(signature = (ids, out=None, n_jobs=None, dtype=None, from_end=true))]
+    #[pyo3(signature = (ids, out=None, n_jobs=None, dtype=None))]
     fn lookup<'py>(
         &self,
         py: Python<'py>,
@@ -312,7 +326,6 @@ impl Table {
         out: Option<&Bound<'py, PyAny>>,
         n_jobs: Option<i64>,
         dtype: Option<&str>,
-        from_end: bool,
     ) -> PyResult<Option<Bound<'py, PyAny>>> {
         let table = self.get()?;
         let Some(array) = array::Ids::new(ids)? else { return Ok(None) };
@@ -322,7 +335,7 @@ impl Table {
         let ctx = Context::new(n_jobs, 0);
         rows.fill(|out| {
             run(py, ids.len().saturating_mul(table.dim()), &ctx, || {
-                let wrapped = rows_of(ids, &table, from_end)?;
+                let wrapped = rows_of(ids, &table, true)?;
                 table.lookup(wrapped.as_deref().map_or(ids, Ids::I64), out, &ctx)
             })
         })?;
@@ -353,7 +366,7 @@ impl Table {
         Ok(Some(rows.into_any()))
     }
 
-    #[pyo3(signature = (ids, offsets, weights, mode, out=None, n_jobs=None, dtype=None, from_end=true))]
+    #[pyo3(signature = (ids, offsets, weights, mode, out=None, n_jobs=None, dtype=None))]
     fn pool<'py>(
         &self,
         py: Python<'py>,
@@ -364,14 +377,8 @@ impl Table {
         out: Option<&Bound<'py, PyAny>>,
         n_jobs: Option<i64>,
         dtype: Option<&str>,
-        from_end: bool,
     ) -> PyResult<Option<Bound<'py, PyAny>>> {
-        let pooling = match mode {
-            "sum" => Pooling::Sum,
-            "mean" => Pooling::Mean,
-            "max" => Pooling::Max,
-            other => return Err(to_py(Error::parameter("mode", format!("{other:?}"), "must be sum, mean or max"))),
-        };
+        let pooling = pooling(mode)?;
         let table = self.get()?;
         let Some(array) = array::Ids::new(ids)? else { return Ok(None) };
         let (ids, offsets) = (array.get()?, offsets.as_slice()?);
@@ -380,12 +387,69 @@ impl Table {
         let ctx = Context::new(n_jobs, 0);
         rows.fill(|out| {
             run(py, ids.len().saturating_add(offsets.len()).saturating_mul(table.dim()), &ctx, || {
-                let wrapped = rows_of(ids, &table, from_end)?;
+                let wrapped = rows_of(ids, &table, true)?;
                 let ids = wrapped.as_deref().map_or(ids, Ids::I64);
                 table.pool(ids, offsets, weights, pooling, out, &ctx)
             })
         })?;
         Ok(Some(rows.into_any()))
+    }
+
+    #[pyo3(signature = (ids, count, wide, out, dtype, n_jobs))]
+    fn lookup_at(
+        &self,
+        py: Python<'_>,
+        ids: usize,
+        count: usize,
+        wide: bool,
+        out: usize,
+        dtype: &str,
+        n_jobs: Option<i64>,
+    ) -> PyResult<()> {
+        let table = self.get()?;
+        let ids = address::ids(ids, count, wide)?;
+        let values = count.saturating_mul(table.dim());
+        let out = address::output(out, values, dtype)?;
+        let ctx = Context::new(n_jobs, 0);
+        run(py, values, &ctx, || {
+            rows_of(ids, &table, false)?;
+            table.lookup(ids, out, &ctx)
+        })
+    }
+
+    #[pyo3(signature = (ids, count, wide, offsets, bags, weights, mode, out, dtype, n_jobs))]
+    fn pool_at(
+        &self,
+        py: Python<'_>,
+        ids: usize,
+        count: usize,
+        wide: bool,
+        offsets: Option<usize>,
+        bags: usize,
+        weights: Option<usize>,
+        mode: &str,
+        out: usize,
+        dtype: &str,
+        n_jobs: Option<i64>,
+    ) -> PyResult<()> {
+        let (table, pooling) = (self.get()?, pooling(mode)?);
+        let ids = address::ids(ids, count, wide)?;
+        let equal: Vec<i64>;
+        let offsets = match offsets {
+            Some(offsets) => address::values(offsets, bags)?,
+            None => {
+                let size = count / bags.max(1);
+                equal = (0..bags).map(|bag| (bag * size) as i64).collect();
+                &equal
+            }
+        };
+        let weights = weights.map(|weights| address::values(weights, count)).transpose()?;
+        let out = address::output(out, bags.saturating_mul(table.dim()), dtype)?;
+        let ctx = Context::new(n_jobs, 0);
+        run(py, count.saturating_add(bags).saturating_mul(table.dim()), &ctx, || {
+            rows_of(ids, &table, false)?;
+            table.pool(ids, offsets, weights, pooling, out, &ctx)
+        })
     }
 
     #[pyo3(signature = (queries, k, metric, n_jobs=None))]
