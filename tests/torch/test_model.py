@@ -582,6 +582,23 @@ def test_arguments_about_gradients_matter_only_in_training() -> None:
     assert "scale_grad_by_freq" in (report["0"].skipped or "")
 
 
+def test_sparse_gradients_stay_sparse(ids: Tensor) -> None:
+    model = nn.Sequential(nn.Embedding(N, DIM, sparse=True))
+    compress_(model, method="product", n_subvectors=4, n_bits=4, min_rows=1, trainable=True)
+    model(ids).sum().backward()
+    assert all(parameter.grad.is_sparse for parameter in model.parameters() if parameter.grad is not None)
+    torch.optim.SparseAdam(model.parameters()).step()
+    assert decompress_(model)[0].sparse
+
+
+def test_scaled_rows_are_written_where_they_are_wanted(ids: Tensor) -> None:
+    model = nn.Sequential(ScaledWordEmbedding(N, DIM, embed_scale=3.0))
+    compress_(model, **INT4)
+    out = torch.empty(*ids.shape, DIM)
+    assert model[0](ids, out=out) is out
+    assert torch.equal(out, model(ids))
+
+
 # ---- methods by name -----------------------------------------------------------------------------------------------
 
 

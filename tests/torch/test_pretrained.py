@@ -517,6 +517,7 @@ def test_a_sentence_model_is_saved_and_mapped(tmp_path: Path) -> None:
 @needs("sentence_transformers", "tokenizers")
 def test_static_embeddings_are_compressed_and_told_apart(tmp_path: Path) -> None:
     from sentence_transformers import SentenceTransformer
+
     static = pytest.importorskip("sentence_transformers.sentence_transformer.modules", reason="needs version 6")
     from tokenizers import Tokenizer, models, pre_tokenizers
 

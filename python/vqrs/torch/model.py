@@ -711,8 +711,6 @@ def _reason(module: nn.Embedding | nn.EmbeddingBag, trainable: bool) -> str | No
         return f"max_norm={module.max_norm} rescales rows as they are looked up"
     if trainable and module.scale_grad_by_freq:
         return "scale_grad_by_freq=True cannot be kept in training, where rows share their codebooks"
-    if trainable and module.sparse:
-        return "sparse=True cannot be kept in training: gradients of codebooks are dense"
     if "forward" in module.__dict__:
         return "its forward was replaced"
     if _plain_forward(module) or _scale_of(module) is not None:
@@ -1076,6 +1074,7 @@ def _compressed(module: nn.Module, table: vqrs.Table, trainable: bool) -> _Table
         "trainable": trainable,
         "device": held.weight.device,
         "dtype": held.weight.dtype,
+        "sparse": held.sparse and trainable,
     }
     new: _TableModule
     if isinstance(module, nn.EmbeddingBag):

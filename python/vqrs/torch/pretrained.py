@@ -292,6 +292,8 @@ def _class_name(module: _TableModule) -> str:
 
 def _arguments(module: Any) -> dict[str, Any]:
     arguments: dict[str, Any] = {"padding_idx": module.padding_idx, "trainable": module.trainable}
+    if module.trainable:
+        arguments["sparse"] = module.sparse
     if isinstance(module, EmbeddingBag):
         arguments |= {"mode": module.mode, "include_last_offset": module.include_last_offset}
     if isinstance(module, ScaledEmbedding):
