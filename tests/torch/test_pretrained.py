@@ -515,7 +515,7 @@ def test_a_sentence_model_is_saved_and_mapped(tmp_path: Path) -> None:
 
 
 @needs("sentence_transformers", "tokenizers")
-def test_static_embeddings_are_compressed_and_told_apart(tmp_path: Path) -> None:
+def test_static_embeddings_are_mapped_too(tmp_path: Path) -> None:
     from sentence_transformers import SentenceTransformer
 
     static = pytest.importorskip("sentence_transformers.sentence_transformer.modules", reason="needs version 6")
@@ -528,4 +528,24 @@ def test_static_embeddings_are_compressed_and_told_apart(tmp_path: Path) -> None
     full = model.encode(["word1 word2", "word3"])
     compress_(model, **INT4)
     assert type(model[0].embedding) is EmbeddingBag
-    np.testing.assert_allclose(model.encode(["word1 word2", "word3"]), full, atol=0.3)
+    sentences = ["word1 word2", "word3"]
+    small = model.encode(sentences)
+    np.testing.assert_allclose(small, full, atol=0.3)
+    vqrs.torch.save_pretrained(model, str(tmp_path))
+    again = vqrs.torch.from_pretrained(tmp_path, device="cpu")
+    np.testing.assert_array_equal(again.encode(sentences), small)
+    assert again[0].embedding._table._core.mapped
+    assert again[0].num_embeddings == N
+    vqrs.torch.save_pretrained(again, str(tmp_path / "again"))
+    np.testing.assert_array_equal(vqrs.torch.from_pretrained(tmp_path / "again", device="cpu").encode(sentences), small)
+    decompress_(again)
+    assert again[0].embedding.num_embeddings == N
+    np.testing.assert_allclose(again.encode(sentences), small, atol=1e-6)
+    again.save(str(tmp_path / "again"))  # over the tables
+    plain = vqrs.torch.from_pretrained(tmp_path / "again", device="cpu")
+    assert type(plain[0].embedding) is nn.EmbeddingBag
+    np.testing.assert_array_equal(plain.encode(sentences), again.encode(sentences))
+    # Without vqrs the folder gives no rows rather than wrong ones.
+    without = SentenceTransformer(str(tmp_path), device="cpu")
+    with pytest.raises((RuntimeError, IndexError)):
+        without.encode(sentences)
