@@ -334,6 +334,25 @@ def test_training_moves_lookup_and_head_together(ids: Tensor) -> None:
     torch.testing.assert_close(model.head(torch.eye(DIM)) - model.head.bias, model.words.weight.T)
 
 
+def test_decoded_rows_are_kept_on_request_and_follow_the_table(ids: Tensor) -> None:
+    model = LanguageModel()
+    compress_(model, **INT4)
+    model.head.keep_decoded = True
+    hidden = torch.randn(2, DIM, requires_grad=True)
+    other = LanguageModel()
+    with torch.no_grad():
+        other.words.weight.mul_(3)
+    compress_(other, **INT4)
+    for change in (lambda: None, model.double, model.float, lambda: model.load_state_dict(other.state_dict())):
+        change()
+        own = hidden.to(model.words.dtype)
+        torch.testing.assert_close(model.head(own), F.linear(own, model.words.weight, model.head.bias))
+        assert model.head._kept_weight() is model.head._kept_weight()
+    model.head(hidden).sum().backward()
+    torch.testing.assert_close(hidden.grad, model.words.weight.sum(0).expand(2, -1))
+    assert len(pickle.dumps(model)) < 4 * N * DIM
+
+
 def test_a_module_at_two_places_is_one_table() -> None:
     shared = nn.Embedding(N, DIM)
     model = nn.ModuleDict({"encoder": nn.Sequential(shared), "decoder": nn.Sequential(shared), "x": shared})

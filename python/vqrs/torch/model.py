@@ -120,6 +120,9 @@ class TiedLinear(nn.Module):
         The decoded table, made anew at every read.
     in_features, out_features : int
         As of ``torch.nn.Linear``: columns and rows of the table.
+    keep_decoded : bool
+        False. Set it to keep the decoded rows of a frozen table in memory from the first call on: with few inputs at a
+        time, as in generation, the layer is then as fast as torch's own, and as large.
 
     Examples
     --------
@@ -132,6 +135,7 @@ class TiedLinear(nn.Module):
     def __init__(self, embedding: Embedding | EmbeddingBag, bias: nn.Parameter | None = None) -> None:
         super().__init__()
         self._held = (embedding,)  # in a tuple torch does not take it for a submodule
+        self.keep_decoded = False
         self.register_parameter("bias", bias)
 
     @property
@@ -165,6 +169,8 @@ class TiedLinear(nn.Module):
         -------
         Tensor of shape (*, out_features)
         """
+        if self.keep_decoded and not self.embedding.trainable and not torch.compiler.is_compiling():
+            return F.linear(input, self._kept_weight(), self.bias)
         differentiable = torch.is_grad_enabled() and (input.requires_grad or self.embedding.trainable)
         # Autograd would keep every decoded block; a compiler decides by itself what it computes twice.
         if not differentiable or torch.compiler.is_compiling():
@@ -175,6 +181,19 @@ class TiedLinear(nn.Module):
                 for block in self._blocks()
             ]
         return blocks[0] if len(blocks) == 1 else torch.cat(blocks, -1)
+
+    def _kept_weight(self) -> Tensor:
+        """The decoded rows, made again where the embedding has another table, dtype or device than before."""
+        embedding = self.embedding
+        made_of = embedding._table, embedding.dtype, embedding.codes.device
+        kept: tuple[Any, Tensor] | None = self.__dict__.get("_kept")
+        if kept is None or kept[0] != made_of:
+            kept = self.__dict__["_kept"] = made_of, embedding.weight
+        return kept[1]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """All but the decoded rows."""
+        return {name: value for name, value in self.__dict__.items() if name != "_kept"}
 
     def _blocks(self) -> list[tuple[int, int]]:
         n_rows, size = self.out_features, max(1, BLOCK_VALUES // self.in_features)
