@@ -392,6 +392,26 @@ def test_modules_with_one_parameter_share_one_table(trainable: bool) -> None:
     assert torch.equal(model["head"].weight, values)
 
 
+def test_modules_that_do_the_same_become_one() -> None:
+    model = nn.ModuleDict({name: nn.Embedding(N, DIM, padding_idx=2) for name in ("shared", "encoder", "hooked")})
+    model["scaled"] = ScaledWordEmbedding(N, DIM, 2, embed_scale=2.0)
+    model["other"] = ScaledWordEmbedding(N, DIM, 2, embed_scale=3.0)
+    for module in model.values():
+        module.weight = model["shared"].weight
+    model["hooked"].register_forward_hook(lambda module, arguments, output: output + 1)
+    keys = list(model.state_dict())
+    compress_(model, **INT4)
+    assert model["encoder"] is model["shared"]
+    assert len({id(module) for module in model.values()}) == 4
+    place = torch.tensor([5])
+    row = model["shared"](place)
+    for name, expected in {"hooked": row + 1, "scaled": 2 * row, "other": 3 * row}.items():
+        torch.testing.assert_close(model[name](place), expected)
+    decompress_(model)
+    assert list(model.state_dict()) == keys
+    assert len({id(module.weight) for module in model.values()}) == 1
+
+
 def test_a_head_of_bags_reads_their_table() -> None:
     model = nn.ModuleDict({"bag": nn.EmbeddingBag(N, DIM, mode="sum", padding_idx=2), "head": nn.Linear(DIM, N)})
     model["head"].weight = model["bag"].weight

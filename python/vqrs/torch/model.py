@@ -645,6 +645,10 @@ class _Weight:
         found: list[tuple[nn.Module, nn.Module]] = []
         try:
             for module in self.modules:
+                alike = next((new for old, new in found if _alike(old, module)), None)
+                if alike is not None:  # one module in both places: nothing can part what it reads
+                    found.append((module, alike))
+                    continue
                 new = _compressed(module, self.table, trainable)
                 if trainable and found:
                     new.decoder = found[0][1].decoder  # type: ignore[assignment]  # one set of parameters
@@ -1105,6 +1109,21 @@ def _compressed(module: nn.Module, table: vqrs.Table, trainable: bool) -> _Table
         new = ScaledEmbedding.from_table(table, embed_scale=_scale_of(module), **arguments)
     _take_over(module, new)
     return new
+
+
+def _alike(one: nn.Module, other: nn.Module) -> bool:
+    """Whether two embeddings of one weight do the same, so that one can stand for both."""
+
+    def about(module: nn.Module) -> dict[str, Any]:
+        own = {name: value for name, value in module.__dict__.items() if not name.startswith("_") or name in _HOOKS}
+        return own | {name: buffer.tolist() for name, buffer in module._buffers.items() if buffer is not None}
+
+    if type(one) is not type(other) or any(getattr(module, hooks, None) for module in (one, other) for hooks in _HOOKS):
+        return False
+    try:
+        return about(one) == about(other)
+    except (ValueError, RuntimeError):  # an attribute that is an array says neither yes nor no
+        return False
 
 
 def _take_over(old: nn.Module, new: nn.Module) -> None:
