@@ -719,6 +719,14 @@ def test_bytes_go_where_they_lower_the_error_most() -> None:
     assert shared["hard"].relative_error < shared["faint"].relative_error
 
 
+def test_relative_errors_spare_tables_of_small_values() -> None:
+    plain = compress_(Different(), nbytes=60_000, dry_run=True, **PRODUCT)
+    relative = compress_(Different(), nbytes=60_000, relative=True, dry_run=True, **PRODUCT)
+    assert relative.nbytes <= 60_000
+    assert relative["faint"].relative_error < 0.7 * plain["faint"].relative_error
+    assert relative["faint"].relative_error == pytest.approx(relative["hard"].relative_error, rel=0.3)
+
+
 def test_a_ratio_of_the_whole_is_a_budget() -> None:
     report = compress_(Different(), ratio=10, per_table=False, dry_run=True, **PRODUCT)
     assert report.ratio >= 10

@@ -378,6 +378,7 @@ def compress_(
     nbytes: int | str | None = None,
     max_error: float | None = None,
     per_table: bool = True,
+    relative: bool = False,
     min_rows: int = MIN_ROWS,
     frequencies: Mapping[str, ArrayLike] | None = None,
     trainable: bool = False,
@@ -414,6 +415,10 @@ def compress_(
         Largest relative error of each table.
     per_table : bool, default=True
         False: ``ratio`` is a budget of all tables together, shared out as ``nbytes`` is.
+    relative : bool, default=False
+        How errors of different tables count against each other where they share a budget. False: as they are, so that a
+        table of small values gets few bytes. True: relative to the squared norm of each table, which suits tables whose
+        scale does not matter, for example before a normalization.
     min_rows : int, default=4096
         Tables of fewer rows are left alone, unless ``method`` has their very name.
     frequencies : mapping of str to array-like of shape (n_rows,), optional
@@ -496,7 +501,7 @@ def compress_(
         raise ValueError(f"there is no embedding to compress: {found}")
     seed = as_seed(random_state)
     with printed_progress("vqrs.torch.compress_", int(progress is True)) as line:
-        maker = _Maker(effort, seed, as_jobs(n_jobs), progress if callable(progress) else line)
+        maker = _Maker(effort, seed, as_jobs(n_jobs), progress if callable(progress) else line, relative)
         plan.make_tables(jobs, maker)
     # Built before the first exchange: what can fail, fails here.
     exchanges = [exchange for weight in jobs for exchange in weight.replacements(trainable, keep_original)]
@@ -938,8 +943,10 @@ def _read_frequencies(frequencies: Mapping[str, ArrayLike] | None, weights: list
 class _Maker:
     """How tables are made."""
 
-    def __init__(self, effort: Any, seed: int, n_jobs: int | None, progress: _core.Progress | None) -> None:
-        self.effort, self.seed, self.n_jobs, self.progress = effort, seed, n_jobs, progress
+    def __init__(
+        self, effort: Any, seed: int, n_jobs: int | None, progress: _core.Progress | None, relative: bool
+    ) -> None:
+        self.effort, self.seed, self.n_jobs, self.progress, self.relative = effort, seed, n_jobs, progress, relative
 
     def table(self, weight: _Weight, budget: dict[str, Any]) -> vqrs.Table:
         """The table of a weight, within a budget where its arguments have none."""
@@ -989,7 +996,8 @@ class _Maker:
         # Where no cheap fit is as small as the smallest table, all of the error is left.
         points = [(least, 1.0), *((size, error) for size, error in found if size >= least)]
         sizes, errors = (np.array(column, np.float64) for column in zip(*points, strict=True))
-        return lower_hull(sizes, np.maximum(errors, 1e-12) * weight.energy())
+        counts = weight.shape[0] if weight.frequencies is None else weight.frequencies.sum()
+        return lower_hull(sizes, np.maximum(errors, 1e-12) * (counts if self.relative else weight.energy()))
 
     def _families(self, weight: _Weight, level: int) -> Any:
         arguments = dict(weight.arguments)
