@@ -186,6 +186,10 @@ def test_what_cannot_be_saved_or_loaded_is_said(tmp_path: Path) -> None:
     assert type(smaller.words) is nn.Embedding
     empty = tmp_path / "empty"
     empty.mkdir()
+    with pytest.raises(FileNotFoundError, match=r"has neither vqrs\.json nor modules\.json nor config\.json"):
+        vqrs.torch.from_pretrained(empty)
+    with pytest.raises(FileNotFoundError, match="there is no folder"):
+        vqrs.torch.from_pretrained(tmp_path / "none")
 
 
 def test_a_damaged_table_is_found(tmp_path: Path) -> None:

@@ -251,6 +251,16 @@ class CompressedModule:
         Squared error over squared norm, weighted by the frequencies if some were given; 0 if skipped.
     skipped : str or None
         Why it was left alone.
+
+    Examples
+    --------
+    >>> import torch, vqrs.torch
+    >>> model = torch.nn.ModuleDict({"words": torch.nn.Embedding(5000, 16), "places": torch.nn.Embedding(8, 16)})
+    >>> words, places = vqrs.torch.compress_(model, method="scalar", dtype="int8", dry_run=True)
+    >>> words.nbytes_before, words.kind, words.skipped
+    (320000, 'scalar', None)
+    >>> places.skipped
+    '8 rows, fewer than min_rows=4,096'
     """
 
     name: str

@@ -152,7 +152,13 @@ def from_pretrained(
 
     Examples
     --------
-    See :func:`save_pretrained`.
+    >>> import tempfile, torch, vqrs.torch
+    >>> model, folder = torch.nn.Sequential(torch.nn.EmbeddingBag(5000, 16)), tempfile.mkdtemp()
+    >>> report = vqrs.torch.compress_(model, method="scalar", dtype="int4")
+    >>> vqrs.torch.save_pretrained(model, folder)
+    >>> again = vqrs.torch.from_pretrained(folder, model=torch.nn.Sequential(torch.nn.EmbeddingBag(5000, 16)))
+    >>> again[0].to_table().kind, again[0].to_table().path == f"{folder}/0.vqrs.safetensors"
+    ('scalar', True)
     """
     path = Path(folder)
     if not path.is_dir():
@@ -163,15 +169,16 @@ def from_pretrained(
         return _load_plain(model, path)
     if model is not None:
         raise TypeError("model= is for folders with vqrs.json; this one holds a model of transformers")
+    pipeline = (path / "modules.json").exists()
+    if not pipeline and not (path / "config.json").exists():
+        raise FileNotFoundError(f"{path} has neither {INDEX} nor modules.json nor config.json")
     register_with_transformers()
-    if (path / "modules.json").exists():
+    if pipeline:
         from sentence_transformers import SentenceTransformer
 
         loaded = SentenceTransformer(os.fspath(path), *arguments, **keywords)
         _fill_parts(loaded, path)
         return loaded
-    if not (path / "config.json").exists():
-        raise FileNotFoundError(f"{path} has neither {INDEX} nor modules.json nor config.json")
     import transformers
 
     if model_class is None:
@@ -241,10 +248,9 @@ def register_with_transformers() -> None:
 
     Examples
     --------
-    >>> import pytest
-    >>> transformers = pytest.importorskip("transformers")
-    >>> import vqrs.torch
-    >>> vqrs.torch.register_with_transformers()
+    >>> import importlib.util, vqrs.torch
+    >>> if importlib.util.find_spec("transformers"):
+    ...     vqrs.torch.register_with_transformers()
     """
     try:
         import transformers
