@@ -120,6 +120,9 @@ class TiedLinear(nn.Module):
         The decoded table, made anew at every read.
     in_features, out_features : int
         As of ``torch.nn.Linear``: columns and rows of the table.
+    keep_decoded : bool
+        False. Set it to keep the decoded rows of a frozen table in memory from the first call on: with few inputs at a
+        time, as in generation, the layer is then as fast as torch's own, and as large.
 
     Examples
     --------
@@ -132,6 +135,7 @@ class TiedLinear(nn.Module):
     def __init__(self, embedding: Embedding | EmbeddingBag, bias: nn.Parameter | None = None) -> None:
         super().__init__()
         self._held = (embedding,)  # in a tuple torch does not take it for a submodule
+        self.keep_decoded = False
         self.register_parameter("bias", bias)
 
     @property
@@ -165,6 +169,8 @@ class TiedLinear(nn.Module):
         -------
         Tensor of shape (*, out_features)
         """
+        if self.keep_decoded and not self.embedding.trainable and not torch.compiler.is_compiling():
+            return F.linear(input, self._kept_weight(), self.bias)
         differentiable = torch.is_grad_enabled() and (input.requires_grad or self.embedding.trainable)
         # Autograd would keep every decoded block; a compiler decides by itself what it computes twice.
         if not differentiable or torch.compiler.is_compiling():
@@ -175,6 +181,19 @@ class TiedLinear(nn.Module):
                 for block in self._blocks()
             ]
         return blocks[0] if len(blocks) == 1 else torch.cat(blocks, -1)
+
+    def _kept_weight(self) -> Tensor:
+        """The decoded rows, made again where the embedding has another table, dtype or device than before."""
+        embedding = self.embedding
+        made_of = embedding._table, embedding.dtype, embedding.codes.device
+        kept: tuple[Any, Tensor] | None = self.__dict__.get("_kept")
+        if kept is None or kept[0] != made_of:
+            kept = self.__dict__["_kept"] = made_of, embedding.weight
+        return kept[1]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """All but the decoded rows."""
+        return {name: value for name, value in self.__dict__.items() if name != "_kept"}
 
     def _blocks(self) -> list[tuple[int, int]]:
         n_rows, size = self.out_features, max(1, BLOCK_VALUES // self.in_features)
@@ -232,6 +251,16 @@ class CompressedModule:
         Squared error over squared norm, weighted by the frequencies if some were given; 0 if skipped.
     skipped : str or None
         Why it was left alone.
+
+    Examples
+    --------
+    >>> import torch, vqrs.torch
+    >>> model = torch.nn.ModuleDict({"words": torch.nn.Embedding(5000, 16), "places": torch.nn.Embedding(8, 16)})
+    >>> words, places = vqrs.torch.compress_(model, method="scalar", dtype="int8", dry_run=True)
+    >>> words.nbytes_before, words.kind, words.skipped
+    (320000, 'scalar', None)
+    >>> places.skipped
+    '8 rows, fewer than min_rows=4,096'
     """
 
     name: str
@@ -359,6 +388,7 @@ def compress_(
     nbytes: int | str | None = None,
     max_error: float | None = None,
     per_table: bool = True,
+    relative: bool = False,
     min_rows: int = MIN_ROWS,
     frequencies: Mapping[str, ArrayLike] | None = None,
     trainable: bool = False,
@@ -395,6 +425,10 @@ def compress_(
         Largest relative error of each table.
     per_table : bool, default=True
         False: ``ratio`` is a budget of all tables together, shared out as ``nbytes`` is.
+    relative : bool, default=False
+        How errors of different tables count against each other where they share a budget. False: as they are, so that a
+        table of small values gets few bytes. True: relative to the squared norm of each table, which suits tables whose
+        scale does not matter, for example before a normalization.
     min_rows : int, default=4096
         Tables of fewer rows are left alone, unless ``method`` has their very name.
     frequencies : mapping of str to array-like of shape (n_rows,), optional
@@ -477,7 +511,7 @@ def compress_(
         raise ValueError(f"there is no embedding to compress: {found}")
     seed = as_seed(random_state)
     with printed_progress("vqrs.torch.compress_", int(progress is True)) as line:
-        maker = _Maker(effort, seed, as_jobs(n_jobs), progress if callable(progress) else line)
+        maker = _Maker(effort, seed, as_jobs(n_jobs), progress if callable(progress) else line, relative)
         plan.make_tables(jobs, maker)
     # Built before the first exchange: what can fail, fails here.
     exchanges = [exchange for weight in jobs for exchange in weight.replacements(trainable, keep_original)]
@@ -626,6 +660,10 @@ class _Weight:
         found: list[tuple[nn.Module, nn.Module]] = []
         try:
             for module in self.modules:
+                alike = next((new for old, new in found if _alike(old, module)), None)
+                if alike is not None:  # one module in both places: nothing can part what it reads
+                    found.append((module, alike))
+                    continue
                 new = _compressed(module, self.table, trainable)
                 if trainable and found:
                     new.decoder = found[0][1].decoder  # type: ignore[assignment]  # one set of parameters
@@ -711,8 +749,6 @@ def _reason(module: nn.Embedding | nn.EmbeddingBag, trainable: bool) -> str | No
         return f"max_norm={module.max_norm} rescales rows as they are looked up"
     if trainable and module.scale_grad_by_freq:
         return "scale_grad_by_freq=True cannot be kept in training, where rows share their codebooks"
-    if trainable and module.sparse:
-        return "sparse=True cannot be kept in training: gradients of codebooks are dense"
     if "forward" in module.__dict__:
         return "its forward was replaced"
     if _plain_forward(module) or _scale_of(module) is not None:
@@ -917,8 +953,10 @@ def _read_frequencies(frequencies: Mapping[str, ArrayLike] | None, weights: list
 class _Maker:
     """How tables are made."""
 
-    def __init__(self, effort: Any, seed: int, n_jobs: int | None, progress: _core.Progress | None) -> None:
-        self.effort, self.seed, self.n_jobs, self.progress = effort, seed, n_jobs, progress
+    def __init__(
+        self, effort: Any, seed: int, n_jobs: int | None, progress: _core.Progress | None, relative: bool
+    ) -> None:
+        self.effort, self.seed, self.n_jobs, self.progress, self.relative = effort, seed, n_jobs, progress, relative
 
     def table(self, weight: _Weight, budget: dict[str, Any]) -> vqrs.Table:
         """The table of a weight, within a budget where its arguments have none."""
@@ -968,7 +1006,8 @@ class _Maker:
         # Where no cheap fit is as small as the smallest table, all of the error is left.
         points = [(least, 1.0), *((size, error) for size, error in found if size >= least)]
         sizes, errors = (np.array(column, np.float64) for column in zip(*points, strict=True))
-        return lower_hull(sizes, np.maximum(errors, 1e-12) * weight.energy())
+        counts = weight.shape[0] if weight.frequencies is None else weight.frequencies.sum()
+        return lower_hull(sizes, np.maximum(errors, 1e-12) * (counts if self.relative else weight.energy()))
 
     def _families(self, weight: _Weight, level: int) -> Any:
         arguments = dict(weight.arguments)
@@ -1076,6 +1115,7 @@ def _compressed(module: nn.Module, table: vqrs.Table, trainable: bool) -> _Table
         "trainable": trainable,
         "device": held.weight.device,
         "dtype": held.weight.dtype,
+        "sparse": held.sparse and trainable,
     }
     new: _TableModule
     if isinstance(module, nn.EmbeddingBag):
@@ -1087,6 +1127,21 @@ def _compressed(module: nn.Module, table: vqrs.Table, trainable: bool) -> _Table
         new = ScaledEmbedding.from_table(table, embed_scale=_scale_of(module), **arguments)
     _take_over(module, new)
     return new
+
+
+def _alike(one: nn.Module, other: nn.Module) -> bool:
+    """Whether two embeddings of one weight do the same, so that one can stand for both."""
+
+    def about(module: nn.Module) -> dict[str, Any]:
+        own = {name: value for name, value in module.__dict__.items() if not name.startswith("_") or name in _HOOKS}
+        return own | {name: buffer.tolist() for name, buffer in module._buffers.items() if buffer is not None}
+
+    if type(one) is not type(other) or any(getattr(module, hooks, None) for module in (one, other) for hooks in _HOOKS):
+        return False
+    try:
+        return about(one) == about(other)
+    except (ValueError, RuntimeError):  # an attribute that is an array says neither yes nor no
+        return False
 
 
 def _take_over(old: nn.Module, new: nn.Module) -> None:

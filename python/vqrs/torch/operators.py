@@ -17,14 +17,14 @@ import functools
 import json
 import math
 import threading
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from vqrs import _core
 from vqrs.torch.forms import FORMS, Decoder
@@ -270,28 +270,50 @@ def pool_gathered(
 
 # ---- tables of codes and tensors -----------------------------------------------------------------------------------
 
-_Stamp = tuple[Any, ...]
-_TABLES: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-"""For codes: the table that reads them, and what it was made of."""
+
+class _Known(NamedTuple):
+    """A table that reads codes, and what it was made of."""
+
+    codes: weakref.ref[Tensor]
+    decoder: str
+    stamp: list[int]
+    table: _core.Table
+
+
+_TABLES: dict[int, _Known] = {}
+"""By the identity of the codes; gone with them. torch's own dictionary of the kind costs as much as a small lookup."""
 
 
 def remember(codes: Tensor, tensors: Sequence[Tensor], decoder: str, table: _core.Table) -> None:
     """Let operators on these tensors read the table that they came from, with its checks of the file."""
-    _TABLES[codes] = decoder, _stamp(codes, tensors), table
+    key = id(codes)
+    gone = weakref.ref(codes, lambda reference: _forget(key, reference))
+    _TABLES[key] = _Known(gone, decoder, _stamp(codes, tensors), table)
 
 
-def _stamp(codes: Tensor, tensors: Sequence[Tensor]) -> _Stamp:
+def _forget(key: int, reference: weakref.ref[Tensor]) -> None:
+    if key in _TABLES and _TABLES[key].codes is reference:
+        del _TABLES[key]
+
+
+def _stamp(codes: Tensor, tensors: Sequence[Tensor]) -> list[int]:
     """Tells whether tensors are those of before, with the values of before."""
-    return tuple((t.data_ptr(), t.numel(), 0 if t.is_inference() else t._version) for t in (codes, *tensors))
+    stamp = [codes.data_ptr(), codes.numel()]
+    for tensor in (codes, *tensors):
+        stamp.append(tensor.data_ptr())
+        stamp.append(-1 if tensor.is_inference() else tensor._version)
+    return stamp
 
 
 def _table(codes: Tensor, tensors: Sequence[Tensor], decoder: str) -> _core.Table:
     """The table that reads these codes: the one that they belong to, or one that borrows them."""
-    known = _TABLES.get(codes)
-    stamp = _stamp(codes, tensors)
-    if known is not None and known[0] == decoder and known[1] == stamp:
-        table: _core.Table = known[2]
-        return table
+    known = _TABLES.get(id(codes))
+    if (
+        known is not None
+        and known.codes() is codes
+        and (known.decoder, known.stamp) == (decoder, _stamp(codes, tensors))
+    ):
+        return known.table
     plan = _plan(decoder)
     values = dict(zip(plan.stored, tensors, strict=False))
     module = FORMS[plan.description["form"]](plan.description, values, False)
@@ -301,7 +323,7 @@ def _table(codes: Tensor, tensors: Sequence[Tensor], decoder: str) -> _core.Tabl
     table = _core.Table.from_parts(
         described, as_arrays(module.stored_tensors()), read, errors={"relative": math.nan}, borrow=True
     )
-    _TABLES[codes] = decoder, stamp, table
+    remember(codes, tensors, decoder, table)
     return table
 
 

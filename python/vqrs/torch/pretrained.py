@@ -100,19 +100,18 @@ def save_pretrained(model: nn.Module, folder: str | os.PathLike[str], **argument
     if not any(True for _ in compressed_modules(model)):
         raise ValueError("the model has no compressed embedding: call compress_ first, or the model's own saving")
     inner = _transformers_models(model)
-    if not hasattr(model, "save_pretrained") or (inner and not _covered(model, inner)):
+    if not hasattr(model, "save_pretrained"):
         if inner:
-            outside = ", ".join(name for name, _ in compressed_modules(model) if not _inside(name, inner))
-            raise ValueError(
-                f"{outside} is outside of the transformers model, where folders have no place for a table: save the "
-                "to_table() of it and the rest apart"
-            )
+            raise ValueError(f"save the model of transformers inside by itself: {', '.join(inner)}")
         _save_plain(model, Path(folder), **arguments)
         return
-    register_with_transformers()
     with contextlib.ExitStack() as stack:
+        if inner:
+            register_with_transformers()
         for part in inner.values():
             stack.enter_context(_tables_beside(part))
+        for part in _saved_parts(model, inner):
+            stack.enter_context(_tables_beside_part(part))
         saving: Any = model
         saving.save_pretrained(os.fspath(folder), **arguments)
 
@@ -153,24 +152,33 @@ def from_pretrained(
 
     Examples
     --------
-    See :func:`save_pretrained`.
+    >>> import tempfile, torch, vqrs.torch
+    >>> model, folder = torch.nn.Sequential(torch.nn.EmbeddingBag(5000, 16)), tempfile.mkdtemp()
+    >>> report = vqrs.torch.compress_(model, method="scalar", dtype="int4")
+    >>> vqrs.torch.save_pretrained(model, folder)
+    >>> again = vqrs.torch.from_pretrained(folder, model=torch.nn.Sequential(torch.nn.EmbeddingBag(5000, 16)))
+    >>> again[0].to_table().kind, again[0].to_table().path == f"{folder}/0.vqrs.safetensors"
+    ('scalar', True)
     """
     path = Path(folder)
     if not path.is_dir():
         path = Path(_downloaded(folder))
-    if (path / INDEX).exists():
+    if (path / INDEX).exists() and not (path / "modules.json").exists():
         if model is None:
             raise TypeError(f"{path} holds the weights of a model that vqrs cannot build: pass a new one as model=")
         return _load_plain(model, path)
     if model is not None:
         raise TypeError("model= is for folders with vqrs.json; this one holds a model of transformers")
+    pipeline = (path / "modules.json").exists()
+    if not pipeline and not (path / "config.json").exists():
+        raise FileNotFoundError(f"{path} has neither {INDEX} nor modules.json nor config.json")
     register_with_transformers()
-    if (path / "modules.json").exists():
+    if pipeline:
         from sentence_transformers import SentenceTransformer
 
-        return SentenceTransformer(os.fspath(path), *arguments, **keywords)
-    if not (path / "config.json").exists():
-        raise FileNotFoundError(f"{path} has neither {INDEX} nor modules.json nor config.json")
+        loaded = SentenceTransformer(os.fspath(path), *arguments, **keywords)
+        _fill_parts(loaded, path)
+        return loaded
     import transformers
 
     if model_class is None:
@@ -240,10 +248,9 @@ def register_with_transformers() -> None:
 
     Examples
     --------
-    >>> import pytest
-    >>> transformers = pytest.importorskip("transformers")
-    >>> import vqrs.torch
-    >>> vqrs.torch.register_with_transformers()
+    >>> import importlib.util, vqrs.torch
+    >>> if importlib.util.find_spec("transformers"):
+    ...     vqrs.torch.register_with_transformers()
     """
     try:
         import transformers
@@ -292,6 +299,8 @@ def _class_name(module: _TableModule) -> str:
 
 def _arguments(module: Any) -> dict[str, Any]:
     arguments: dict[str, Any] = {"padding_idx": module.padding_idx, "trainable": module.trainable}
+    if module.trainable:
+        arguments["sparse"] = module.sparse
     if isinstance(module, EmbeddingBag):
         arguments |= {"mode": module.mode, "include_last_offset": module.include_last_offset}
     if isinstance(module, ScaledEmbedding):
@@ -339,12 +348,14 @@ def _file_of(described: Mapping[str, Mapping[str, Any]], name: str) -> str | Non
 
 
 @contextlib.contextmanager
-def _states_without_tables(model: nn.Module) -> Iterator[None]:
-    """``state_dict`` leaves the tables out."""
+def _states_without_tables(model: nn.Module, empty: bool = False) -> Iterator[None]:
+    """``state_dict`` leaves the tables out, or has an empty weight for each."""
 
-    def drop(module: nn.Module, state_dict: dict[str, Any], prefix: str, metadata: Any) -> None:
+    def drop(module: Any, state_dict: dict[str, Any], prefix: str, metadata: Any) -> None:
         for key in [key for key in state_dict if key.startswith(prefix)]:
             del state_dict[key]
+        if empty:
+            state_dict[f"{prefix}weight"] = torch.empty(0, module.embedding_dim, dtype=module.dtype)
 
     handles = [module._register_state_dict_hook(drop) for _, module in compressed_modules(model)]
     try:
@@ -428,6 +439,10 @@ def _save_plain(model: nn.Module, folder: Path, **arguments: Any) -> None:
     described = _write_tables(model, folder, _described(model))
     with _states_without_tables(model):
         save_model(model, os.fspath(folder / WEIGHTS))
+    _write_index(folder, described)
+
+
+def _write_index(folder: Path, described: Mapping[str, dict[str, Any]]) -> None:
     text = json.dumps({"version": 1, "tables": described}, indent=2)
     (folder / INDEX).write_text(text + "\n", encoding="utf-8")
 
@@ -456,6 +471,68 @@ def _load_plain(model: M, folder: Path) -> M:
     return model
 
 
+# ---- modules of sentence-transformers that have tables of their own -------------------------------------------------
+
+
+def _saved_parts(model: nn.Module, inner: Mapping[str, Any]) -> list[Any]:
+    """The modules of a pipeline that save themselves and hold tables outside of models of transformers."""
+    found = []
+    for name, part in model.named_children():
+        outside = [one for one, _ in compressed_modules(part) if not _inside(f"{name}.{one}", inner)]
+        if outside and not hasattr(part, "save"):
+            raise ValueError(
+                f"{name}.{outside[0]} is in a part whose folder has no place for a table: save its to_table() and the "
+                "rest apart"
+            )
+        if outside:
+            found.append(part)
+    return found
+
+
+@contextlib.contextmanager
+def _tables_beside_part(part: Any) -> Iterator[None]:
+    """``save`` of a module such as ``StaticEmbedding`` keeps its tables in files of their own. Its weight is saved
+    empty: loaded without us, the module has no row and says so at the first lookup.
+    """
+    saves = part.save
+
+    def save_with_tables(self: Any, output_path: Any, *arguments: Any, **keywords: Any) -> None:
+        folder = Path(output_path)
+        described = _write_tables(self, folder, _described(self))
+        _write_index(folder, described)
+        with _states_without_tables(self, empty=True):
+            saves(output_path, *arguments, **keywords)
+
+    part.save = types.MethodType(save_with_tables, part)
+    try:
+        yield
+    finally:
+        del part.save
+
+
+def _fill_parts(model: Any, folder: Path) -> None:
+    """Put tables into the modules of a pipeline that were saved with them."""
+    for entry in json.loads((folder / "modules.json").read_text(encoding="utf-8")):
+        place, part = folder / entry["path"], model[entry["idx"]]
+        if not (place / INDEX).exists():
+            continue
+        described = json.loads((place / INDEX).read_text(encoding="utf-8"))["tables"]
+        exchanges = []
+        for name, about in described.items():
+            file = _file_of(described, name)
+            assert file is not None, "files of folders are named"
+            old: Any = part.get_submodule(name)
+            if len(old.weight):  # another model was saved over it
+                continue
+            new = _made(about, vqrs.open(place / file), old.weight.device, old.weight.dtype)
+            old.num_embeddings = new.num_embeddings
+            _take_over(old, new)
+            exchanges.append((old, new))
+            if getattr(part, "num_embeddings", None) == 0:
+                part.num_embeddings = new.num_embeddings
+        _exchange(model, exchanges)
+
+
 # ---- transformers --------------------------------------------------------------------------------------------------
 
 
@@ -476,11 +553,6 @@ def _transformers_models(model: nn.Module) -> dict[str, Any]:
 
 def _inside(name: str, parts: Mapping[str, Any]) -> bool:
     return any(part in ("", name) or name.startswith(f"{part}.") for part in parts)
-
-
-def _covered(model: nn.Module, parts: Mapping[str, Any]) -> bool:
-    """Whether all tables are inside of these parts."""
-    return all(_inside(name, parts) for name, _ in compressed_modules(model))
 
 
 def update_transformers_models(model: nn.Module) -> None:
@@ -656,9 +728,10 @@ def _clear_places(model: Any, described: Mapping[str, Any]) -> list[tuple[str, n
         place = _Place((old.num_embeddings, old.embedding_dim))
         heads: list[Any] = []
         for head_name in about.get("heads", []):
-            head: Any = modules.get(_name_here(head_name, modules, model.base_model_prefix) or "")
-            if head is None:  # a model without the head, from the folder of one with it
+            place_of_head = _name_here(head_name, modules, model.base_model_prefix)
+            if place_of_head is None:  # a model without the head, from the folder of one with it
                 continue
+            head = modules[place_of_head]
             tied = TiedLinear(place, head.bias)  # type: ignore[arg-type]  # for now
             _take_over(head, tied)
             heads.append(tied)

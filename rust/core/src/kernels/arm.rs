@@ -172,7 +172,7 @@ impl Widen for Four {
         };
     }
     #[inline(always)]
-    unsafe fn store_f16<const STREAM: bool>(self, to: *mut u16) {
+    unsafe fn store_f16<const WAY: u8>(self, to: *mut u16) {
         let mut values = [0.0; 4];
         // SAFETY: the array holds a vector; the caller has room for one.
         unsafe {
@@ -181,7 +181,7 @@ impl Widen for Four {
         }
     }
     #[inline(always)]
-    unsafe fn store_bf16<const STREAM: bool>(self, to: *mut u16) {
+    unsafe fn store_bf16<const WAY: u8>(self, to: *mut u16) {
         let mut values = [0.0; 4];
         // SAFETY: the array holds a vector; the caller has room for one.
         unsafe {
@@ -194,7 +194,7 @@ impl Widen for Four {
         half::f16::from_bits(bits).to_f32()
     }
     #[inline(always)]
-    unsafe fn stream(self, to: *mut f32) {
+    unsafe fn store_f32<const WAY: u8>(self, to: *mut f32) {
         // SAFETY: passed on to the caller.
         unsafe { self.store(to) }
     }

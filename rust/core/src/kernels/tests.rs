@@ -203,8 +203,13 @@ proptest! {
             .map(|(entries, (width, starts))| Group { entries: entries.view(), width: *width, starts }).collect();
         let books = groups.iter().map(|group| group.starts.len()).sum();
         let row_bytes = bits::row_bytes(books, bits) + spare;
-        let scale = [1.0, 0.25, 8.0][rng.below(3)];
-        let scales = if kind == 3 { floats(rng, books) } else { Vec::new() };
+        let scale = [1.0, 0.25, 8.0, 0.3][rng.below(4)];
+        // Some of few bits, as tables have them.
+        let short = |scale: f32| f32::from_bits(scale.to_bits() & !0xff);
+        let mut scales = if kind == 3 { floats(rng, books) } else { Vec::new() };
+        if rng.below(2) == 0 {
+            scales.iter_mut().for_each(|scale| *scale = short(scale.abs().max(0.5)));
+        }
         let view = BooksView { dim, bits, row_bytes, scale, scales: &scales, tiled: layout < 2, groups };
         let rows = 50;
         let codes: Vec<u8> = (0..rows * row_bytes).map(|_| rng.next_u64() as u8).collect();

@@ -23,8 +23,10 @@ const PARALLEL_VALUES: usize = 1 << 20;
 /// Rows that one task of a parallel lookup reads.
 const TASK_ROWS: usize = 4096;
 
-/// Outputs of a call above this many bytes will not be in the caches when they are read: they are written past them.
-const STREAM_BYTES: usize = 2 << 20;
+/// Outputs of a call above this many bytes will not be in the caches when they are read: they are written past them. Below
+/// it memory that is used again and again, as allocators and `out` make it, stays in the last cache, which takes what is
+/// written faster.
+const STREAM_BYTES: usize = 4 << 20;
 
 /// Ids of one bag that are pooled between two looks at cancellation.
 const PART_IDS: i64 = 1 << 16;

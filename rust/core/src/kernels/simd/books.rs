@@ -1,7 +1,7 @@
 //! Rows that are sums or joins of codebook entries.
 
 use super::rows::{Bf16, Decode, Job, Lookup, Pool, Reader, Source, F16};
-use super::{check, scalar, Bags, BooksView, Output, Rows, Simd, Values, Widen};
+use super::{check, joined, scalar, Bags, BooksView, Entries, Output, Rows, Simd, Values, Widen};
 use std::marker::PhantomData;
 
 /// Type of the values of a codebook.
@@ -9,7 +9,22 @@ trait Entry: Copy {
     /// Each book has a scale of its own.
     const SCALED: bool = false;
     unsafe fn load<S: Widen>(from: *const Self) -> S;
+    /// As [`Entry::load`], from entries of `WIDTH` values each: 2, 4 or 8, and fewer than `LANES`.
+    #[inline(always)]
+    unsafe fn join<S: Widen, const WIDTH: usize>(entries: &Entries<Self>) -> S {
+        // SAFETY: passed on to the caller.
+        unsafe { Self::load::<S>(joined::<Self, WIDTH>(S::LANES, entries).as_ptr().cast()) }
+    }
     unsafe fn one<S: Widen>(self) -> f32;
+    /// Whether all values times this scale are numbers of single precision, without rounding.
+    fn exact(scale: f32) -> bool {
+        scale == 1.0
+    }
+}
+
+/// Whether a scale has no bits below the highest `bits` of its mantissa, and is far from the ends of single precision.
+fn short(scale: f32, bits: u32) -> bool {
+    (1e-30..1e30).contains(&scale) && scale.to_bits() << (9 + bits) == 0
 }
 
 impl Entry for f32 {
@@ -31,9 +46,17 @@ impl Entry for F16 {
         unsafe { S::load_f16(from.cast()) }
     }
     #[inline(always)]
+    unsafe fn join<S: Widen, const WIDTH: usize>(entries: &Entries<F16>) -> S {
+        // SAFETY: passed on to the caller; `F16` is a transparent `u16`.
+        unsafe { S::join_f16::<WIDTH>(&*std::ptr::from_ref(entries).cast()) }
+    }
+    #[inline(always)]
     unsafe fn one<S: Widen>(self) -> f32 {
         // SAFETY: passed on to the caller.
         unsafe { S::one_f16(self.0) }
+    }
+    fn exact(scale: f32) -> bool {
+        short(scale, 0)
     }
 }
 
@@ -42,6 +65,11 @@ impl Entry for Bf16 {
     unsafe fn load<S: Widen>(from: *const Bf16) -> S {
         // SAFETY: passed on to the caller; `Bf16` is a transparent `u16`.
         unsafe { S::load_bf16(from.cast()) }
+    }
+    #[inline(always)]
+    unsafe fn join<S: Widen, const WIDTH: usize>(entries: &Entries<Bf16>) -> S {
+        // SAFETY: passed on to the caller; `Bf16` is a transparent `u16`.
+        unsafe { S::join_bf16::<WIDTH>(&*std::ptr::from_ref(entries).cast()) }
     }
     #[inline(always)]
     unsafe fn one<S: Widen>(self) -> f32 {
@@ -59,6 +87,10 @@ impl Entry for i8 {
     #[inline(always)]
     unsafe fn one<S: Widen>(self) -> f32 {
         f32::from(self)
+    }
+    fn exact(scale: f32) -> bool {
+        // Seven bits of the integer and one before the mantissa's.
+        short(scale, 16)
     }
 }
 
@@ -146,18 +178,30 @@ unsafe fn run_typed<S: Widen, E: Entry, const BITS: u32>(view: &BooksView, job: 
             }
             false => Vec::new(),
         };
+        let columns = columns.as_slice();
+        let exact = if E::SCALED { columns.iter().all(|scale| E::exact(*scale)) } else { E::exact(view.scale) };
         match width {
-            2 if alone && dim >= S::LANES => job.run::<S>(&Tiles::<E, 2, BITS>(books, &columns), row_bytes, dim),
-            4 if alone && dim >= S::LANES => job.run::<S>(&Tiles::<E, 4, BITS>(books, &columns), row_bytes, dim),
-            8 if alone && dim >= S::LANES => job.run::<S>(&Tiles::<E, 8, BITS>(books, &columns), row_bytes, dim),
-            16 if alone && dim >= S::LANES => job.run::<S>(&Tiles::<E, 16, BITS>(books, &columns), row_bytes, dim),
+            2 if alone && dim >= S::LANES => {
+                job.run::<S>(&Tiles::<E, 2, BITS> { books, columns, exact }, row_bytes, dim)
+            }
+            4 if alone && dim >= S::LANES => {
+                job.run::<S>(&Tiles::<E, 4, BITS> { books, columns, exact }, row_bytes, dim)
+            }
+            8 if alone && dim >= S::LANES => {
+                job.run::<S>(&Tiles::<E, 8, BITS> { books, columns, exact }, row_bytes, dim)
+            }
+            16 if alone && dim >= S::LANES => {
+                job.run::<S>(&Tiles::<E, 16, BITS> { books, columns, exact }, row_bytes, dim)
+            }
             _ if view.groups.iter().all(|group| group.width >= S::LANES) => {
-                job.run::<S>(&Parts::<S, E, BITS>::new(view), row_bytes, dim)
+                let (books, vectors) = parts::<S, E, BITS>(view);
+                job.run::<S>(&Parts { books: &books, vectors: &vectors }, row_bytes, dim)
             }
             _ if view.groups.iter().all(|group| group.width >= S::Half::LANES) => {
-                job.run::<S::Half>(&Parts::<S::Half, E, BITS>::new(view), row_bytes, dim)
+                let (books, vectors) = parts::<S::Half, E, BITS>(view);
+                job.run::<S::Half>(&Parts { books: &books, vectors: &vectors }, row_bytes, dim)
             }
-            _ => job.rows::<S>(&Gather::<S, E, BITS> { view, columns: &columns, types: PhantomData }, dim),
+            _ => job.rows::<S>(&Gather::<S, E, BITS> { view, columns, types: PhantomData }, dim),
         }
     }
 }
@@ -189,6 +233,7 @@ unsafe fn code<const BITS: u32>(row: *const u8, bits: u32, index: usize) -> usiz
 }
 
 /// Books of one width, one after the other.
+#[derive(Clone, Copy)]
 struct Books<E, const BITS: u32> {
     first: *const E,
     width: usize,
@@ -209,97 +254,176 @@ impl<E: Entry, const BITS: u32> Books<E, BITS> {
         }
     }
 
+    /// Bits of a code.
+    #[inline(always)]
+    fn bits(&self) -> u32 {
+        if BITS == 0 {
+            self.bits
+        } else {
+            BITS
+        }
+    }
+
+    /// The first entry of book `m`.
+    #[inline(always)]
+    unsafe fn book(&self, m: usize, width: usize) -> *const E {
+        // SAFETY: there are as many books, each of 2^bits entries.
+        unsafe { self.first.add((m << self.bits()) * width) }
+    }
+
     /// The entry of book `m` that a row picks.
     #[inline(always)]
     unsafe fn entry(&self, row: *const u8, m: usize, width: usize) -> *const E {
         // SAFETY: the row has a code for each book, which is below 2^bits, the number of entries.
-        unsafe {
-            let bits = if BITS == 0 { self.bits } else { BITS };
-            self.first.add(((m << bits) + code::<BITS>(row, self.bits, m)) * width)
-        }
+        unsafe { self.book(m, width).add(code::<BITS>(row, self.bits, m) * width) }
     }
 }
 
 /// Books side by side whose width is a power of two: narrow entries are joined into whole vectors.
-struct Tiles<'a, E, const WIDTH: usize, const BITS: u32>(Books<E, BITS>, &'a [f32]);
+#[derive(Clone, Copy)]
+struct Tiles<'a, E, const WIDTH: usize, const BITS: u32> {
+    books: Books<E, BITS>,
+    /// The scale of each column, where books have their own.
+    columns: &'a [f32],
+    /// Entries times scales need no rounding, so that adding them with [`Simd::fma`] gives the same bits.
+    exact: bool,
+}
+
+impl<E: Entry, const WIDTH: usize, const BITS: u32> Tiles<'_, E, WIDTH, BITS> {
+    /// The same from the first book of `N` vectors on, and the codes from there: all addresses then differ by constants.
+    #[inline(always)]
+    unsafe fn from<S: Widen, const N: usize>(&self, row: *const u8, vector: usize) -> (Self, *const u8, usize) {
+        let beside = S::LANES / WIDTH;
+        if N == 1 || beside == 0 || BITS == 0 || !(N * beside * BITS as usize).is_multiple_of(8) {
+            return (*self, row, vector * S::LANES);
+        }
+        let first = vector * beside;
+        // SAFETY: the row has the codes and the view the books.
+        unsafe {
+            let books = Books { first: self.books.book(first, WIDTH), ..self.books };
+            (Tiles { books, ..*self }, row.add(first * BITS as usize / 8), 0)
+        }
+    }
+
+    /// The entries at columns `t` to `t + LANES` of a row.
+    #[inline(always)]
+    unsafe fn entries<S: Widen>(&self, row: *const u8, t: usize) -> S {
+        let first = t / WIDTH;
+        // SAFETY: the row has the columns, and `t` is a multiple of the lesser of width and lanes; [`super::rows::SPARE`]
+        // bytes follow the row.
+        unsafe {
+            if WIDTH >= S::LANES {
+                return E::load::<S>(self.books.entry(row, first, WIDTH).add(t % WIDTH));
+            }
+            let mut entries = [std::ptr::null(); 8];
+            // One load for all codes of a vector: those of entries are what limits the loop. They are at most 64 bits, and
+            // less where they start inside a byte.
+            let start = first * BITS as usize;
+            let word = u64::from_le(row.add(start / 8).cast::<u64>().read_unaligned()) >> (start % 8);
+            for place in 0..S::LANES / WIDTH {
+                entries[place] = match BITS {
+                    0 => self.books.entry(row, first + place, WIDTH),
+                    _ => {
+                        let code = (word >> (BITS as usize * place)) as usize & ((1 << BITS) - 1);
+                        self.books.book(first + place, WIDTH).add(code * WIDTH)
+                    }
+                };
+            }
+            E::join::<S, WIDTH>(&entries)
+        }
+    }
+
+    /// What the entries from column `t` on are multiplied by.
+    #[inline(always)]
+    unsafe fn scale<S: Widen>(&self, t: usize) -> S {
+        // SAFETY: the row has the columns, each with a scale where books have their own.
+        unsafe {
+            match E::SCALED {
+                true => S::load(self.columns.as_ptr().add(t)),
+                false => S::splat(self.books.scale),
+            }
+        }
+    }
+}
 
 impl<S: Widen, E: Entry, const WIDTH: usize, const BITS: u32> Reader<S> for Tiles<'_, E, WIDTH, BITS> {
     #[inline(always)]
     unsafe fn read<const N: usize>(&self, row: *const u8, vector: usize, dim: usize) -> [S; N] {
-        // SAFETY: columns `t` to `t + LANES` are inside the row, and `t` is a multiple of the lesser of width and lanes.
+        // SAFETY: the vectors are inside the row.
         unsafe {
             let start = <Self as Reader<S>>::column::<N>(self, vector, dim);
-            // Said in whole books, so that all addresses differ by constants.
-            let (beside, first) = (S::LANES / WIDTH, if N > 1 { vector * (S::LANES / WIDTH) } else { start / WIDTH });
-            let scale = S::splat(self.0.scale);
-            let mut values = [scale; N];
+            let (tiles, codes, first) = self.from::<S, N>(row, vector);
+            let first = if N > 1 { first } else { start };
+            let mut values = [S::splat(0.0); N];
             for i in 0..N {
-                let t = start + i * S::LANES;
-                let (book, offset) = if beside > 0 { (first + i * beside, 0) } else { (t / WIDTH, t % WIDTH) };
-                let scale = if E::SCALED { S::load(self.1.as_ptr().add(t)) } else { scale };
-                values[i] = join::<S, E, WIDTH>(|place| self.0.entry(row, book + place, WIDTH), offset).mul(scale);
+                let scale = self.scale::<S>(start + i * S::LANES);
+                values[i] = tiles.entries::<S>(codes, first + i * S::LANES).mul(scale);
             }
             values
         }
     }
-}
 
-/// A vector of entries side by side, or the part of one entry from `offset` on.
-#[inline(always)]
-unsafe fn join<S: Widen, E: Entry, const WIDTH: usize>(entry: impl Fn(usize) -> *const E, offset: usize) -> S {
-    let bytes = WIDTH * size_of::<E>();
-    // SAFETY: each entry has `WIDTH` values.
-    unsafe {
-        if WIDTH >= S::LANES {
-            return E::load::<S>(entry(0).add(offset));
-        }
-        let mut words = [0u64; 8];
-        for place in 0..S::LANES / WIDTH {
-            let (from, at) = (entry(place), place * bytes);
-            if bytes == 2 {
-                words[at / 8] |= u64::from(from.cast::<u16>().read_unaligned()) << (at % 8 * 8);
-            } else if bytes == 4 {
-                words[at / 8] |= u64::from(from.cast::<u32>().read_unaligned()) << (at % 8 * 8);
-            } else {
-                for word in 0..bytes / 8 {
-                    words[at / 8 + word] = from.cast::<u64>().add(word).read_unaligned();
+    #[inline(always)]
+    unsafe fn add<const N: usize>(&self, row: *const u8, vector: usize, dim: usize, mut sums: [S; N]) -> [S; N] {
+        // SAFETY: the vectors are inside the row.
+        unsafe {
+            if !self.exact {
+                let values: [S; N] = self.read::<N>(row, vector, dim);
+                for i in 0..N {
+                    sums[i] = values[i].add(sums[i]);
                 }
+                return sums;
             }
+            let start = <Self as Reader<S>>::column::<N>(self, vector, dim);
+            let (tiles, codes, first) = self.from::<S, N>(row, vector);
+            let first = if N > 1 { first } else { start };
+            for i in 0..N {
+                let scale = self.scale::<S>(start + i * S::LANES);
+                sums[i] = tiles.entries::<S>(codes, first + i * S::LANES).fma(scale, sums[i]);
+            }
+            sums
         }
-        E::load::<S>(words.as_ptr().cast())
     }
 }
 
 /// Books side by side, each at least as wide as a vector.
-struct Parts<S, E, const BITS: u32> {
-    books: Vec<Books<E, BITS>>,
-    /// For each vector: its column, its group, its book and the place in the entry.
-    vectors: Vec<(u32, u32, u32, u32)>,
-    lanes: PhantomData<S>,
+#[derive(Clone, Copy)]
+struct Parts<'a, E, const BITS: u32> {
+    books: &'a [Books<E, BITS>],
+    vectors: &'a [Part],
 }
 
-impl<S: Widen, E: Entry, const BITS: u32> Parts<S, E, BITS> {
-    fn new(view: &BooksView) -> Self {
-        let (mut books, mut vectors, mut m) = (Vec::new(), Vec::new(), 0);
-        for (index, group) in view.groups.iter().enumerate() {
-            // Book `m` of the row is book `m - before` of the group.
-            let before = m << view.bits;
-            let first = first_entry::<E>(group.entries).wrapping_sub(before * group.width);
-            let scales = view.scales.as_ptr();
-            books.push(Books { first, width: group.width, bits: view.bits, scale: view.scale, scales });
-            for start in group.starts {
-                for t in (0..group.width).step_by(S::LANES) {
-                    let t = t.min(group.width - S::LANES);
-                    vectors.push(((start + t) as u32, index as u32, m as u32, t as u32));
-                }
-                m += 1;
+/// Where a vector of [`Parts`] comes from.
+struct Part {
+    column: u32,
+    group: u32,
+    book: u32,
+    /// The place in the entry.
+    place: u32,
+}
+
+/// What [`Parts`] has, for vectors of `S`.
+fn parts<S: Widen, E: Entry, const BITS: u32>(view: &BooksView) -> (Vec<Books<E, BITS>>, Vec<Part>) {
+    let (mut books, mut vectors, mut m) = (Vec::new(), Vec::new(), 0);
+    for (index, group) in view.groups.iter().enumerate() {
+        // Book `m` of the row is book `m - before` of the group.
+        let before = m << view.bits;
+        let first = first_entry::<E>(group.entries).wrapping_sub(before * group.width);
+        let scales = view.scales.as_ptr();
+        books.push(Books { first, width: group.width, bits: view.bits, scale: view.scale, scales });
+        for start in group.starts {
+            for t in (0..group.width).step_by(S::LANES) {
+                let t = t.min(group.width - S::LANES);
+                let (column, place) = ((start + t) as u32, t as u32);
+                vectors.push(Part { column, group: index as u32, book: m as u32, place });
             }
+            m += 1;
         }
-        Parts { books, vectors, lanes: PhantomData }
     }
+    (books, vectors)
 }
 
-impl<S: Widen, E: Entry, const BITS: u32> Reader<S> for Parts<S, E, BITS> {
+impl<S: Widen, E: Entry, const BITS: u32> Reader<S> for Parts<'_, E, BITS> {
     #[inline(always)]
     fn vectors(&self, _: usize) -> usize {
         self.vectors.len()
@@ -307,12 +431,12 @@ impl<S: Widen, E: Entry, const BITS: u32> Reader<S> for Parts<S, E, BITS> {
 
     #[inline(always)]
     fn column<const N: usize>(&self, vector: usize, _: usize) -> usize {
-        self.vectors[vector].0 as usize
+        self.vectors[vector].column as usize
     }
 
     #[inline(always)]
     fn place<const N: usize>(&self, vector: usize, i: usize, _: usize) -> usize {
-        self.vectors[vector + i].0 as usize
+        self.vectors[vector + i].column as usize
     }
 
     #[inline(always)]
@@ -321,11 +445,11 @@ impl<S: Widen, E: Entry, const BITS: u32> Reader<S> for Parts<S, E, BITS> {
         unsafe {
             let mut values = [S::splat(0.0); N];
             for i in 0..N {
-                let (_, group, m, t) = self.vectors[vector + i];
-                let books = &self.books[group as usize];
-                let entry = books.first.wrapping_add(((m as usize) << books.bits) * books.width);
-                let entry = entry.wrapping_add(code::<BITS>(row, books.bits, m as usize) * books.width);
-                values[i] = E::load::<S>(entry.add(t as usize)).mul(S::splat(books.scale(m as usize)));
+                let part = &self.vectors[vector + i];
+                let (books, m) = (&self.books[part.group as usize], part.book as usize);
+                let entry = books.first.wrapping_add((m << books.bits) * books.width);
+                let entry = entry.wrapping_add(code::<BITS>(row, books.bits, m) * books.width);
+                values[i] = E::load::<S>(entry.add(part.place as usize)).mul(S::splat(books.scale(m)));
             }
             values
         }
@@ -333,6 +457,7 @@ impl<S: Widen, E: Entry, const BITS: u32> Reader<S> for Parts<S, E, BITS> {
 }
 
 /// Full rows that are added, the first one stored.
+#[derive(Clone, Copy)]
 struct Sum<E, const BITS: u32> {
     books: Books<E, BITS>,
     count: usize,

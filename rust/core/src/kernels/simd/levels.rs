@@ -115,7 +115,7 @@ unsafe fn run_floats<S: Widen, L: LevelType>(view: &LevelsView, job: impl Job) {
     // SAFETY: passed on to the caller.
     unsafe {
         match plain && view.dim >= S::LANES {
-            true => job.run::<S>(&Vectors::<L, PLAIN> { view, level: PhantomData }, view.row_bytes, view.dim),
+            true => job.run::<S>(&Vectors::<L, PLAIN>::new(view), view.row_bytes, view.dim),
             false => job.rows::<S>(&Spans::<S, L> { view, types: PhantomData }, view.dim),
         }
     }
@@ -129,14 +129,12 @@ unsafe fn run_levels<S: Widen, L: LevelType>(view: &LevelsView, job: impl Job) {
     // SAFETY: passed on to the caller.
     unsafe {
         match view.scales {
-            Scales::Columns { .. } if bytes => {
-                job.run::<S>(&Vectors::<L, COLUMNS> { view, level: PhantomData }, view.row_bytes, dim)
-            }
+            Scales::Columns { .. } if bytes => job.run::<S>(&Vectors::<L, COLUMNS>::new(view), view.row_bytes, dim),
             Scales::Row { block, .. } if bytes && block >= dim => {
-                job.run::<S>(&Vectors::<L, ROW> { view, level: PhantomData }, view.row_bytes, dim)
+                job.run::<S>(&Vectors::<L, ROW>::new(view), view.row_bytes, dim)
             }
             Scales::Row { block, .. } if bytes && whole && block.is_multiple_of(S::LANES) => {
-                job.run::<S>(&Vectors::<L, BLOCKS> { view, level: PhantomData }, view.row_bytes, dim)
+                job.run::<S>(&Vectors::<L, BLOCKS>::new(view), view.row_bytes, dim)
             }
             _ => job.rows::<S>(&Spans::<S, L> { view, types: PhantomData }, dim),
         }
@@ -151,38 +149,58 @@ const BLOCKS: u8 = 3;
 /// Rows of whole vectors of levels; `SCALES` is one of the constants above.
 struct Vectors<'a, L, const SCALES: u8> {
     view: &'a LevelsView<'a>,
+    pairs: Pairs,
+    /// Scale and offset of each column, if they have them.
+    columns: (*const f32, *const f32),
     level: PhantomData<L>,
+}
+
+impl<L, const SCALES: u8> Clone for Vectors<'_, L, SCALES> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+
+impl<L, const SCALES: u8> Copy for Vectors<'_, L, SCALES> {}
+
+impl<'a, L: LevelType, const SCALES: u8> Vectors<'a, L, SCALES> {
+    fn new(view: &'a LevelsView) -> Self {
+        let columns = match view.scales {
+            Scales::Columns { scale, offset } => (scale.as_ptr(), offset.as_ptr()),
+            _ => (std::ptr::null(), std::ptr::null()),
+        };
+        Vectors { view, pairs: Pairs::new::<L>(view), columns, level: PhantomData }
+    }
 }
 
 impl<S: Widen, L: LevelType, const SCALES: u8> Reader<S> for Vectors<'_, L, SCALES> {
     #[inline(always)]
     unsafe fn read<const N: usize>(&self, code: *const u8, vector: usize, dim: usize) -> [S; N] {
         let start = <Self as Reader<S>>::column::<N>(self, vector, dim);
-        // SAFETY: the row has `dim` levels and its pairs; each vector's levels start on a whole byte.
+        // SAFETY: the row has `dim` levels and its pairs; each vector's levels start on a whole byte. Columns have what
+        // `SCALES` says.
         unsafe {
-            let pairs = code.add(self.view.level_bytes());
             let mut shared = (S::splat(1.0), S::splat(0.0));
             if SCALES == ROW {
-                shared = pair::<S, L>(self.view, pairs, 0);
+                shared = self.pairs.read::<S>(code, 0);
             }
             let mut values = [S::splat(0.0); N];
             for i in 0..N {
                 let t = start + i * S::LANES;
                 let level = L::load::<S>(self.view, code, t);
-                values[i] = match (SCALES, self.view.scales) {
-                    (COLUMNS, Scales::Columns { scale, .. }) if L::TABLE => level.mul(S::load(scale.as_ptr().add(t))),
-                    (BLOCKS, Scales::Row { block, .. }) if L::TABLE => {
-                        level.mul(pair::<S, L>(self.view, pairs, t / block).0)
+                values[i] = match SCALES {
+                    COLUMNS if L::TABLE => level.mul(S::load(self.columns.0.add(t))),
+                    COLUMNS => level.fma(S::load(self.columns.0.add(t)), S::load(self.columns.1.add(t))),
+                    BLOCKS => {
+                        let (scale, offset) = self.pairs.read::<S>(code, t / self.pairs.block);
+                        if L::TABLE {
+                            level.mul(scale)
+                        } else {
+                            level.fma(scale, offset)
+                        }
                     }
-                    (ROW, _) if L::TABLE => level.mul(shared.0),
-                    (COLUMNS, Scales::Columns { scale, offset }) => {
-                        level.fma(S::load(scale.as_ptr().add(t)), S::load(offset.as_ptr().add(t)))
-                    }
-                    (BLOCKS, Scales::Row { block, .. }) => {
-                        let (scale, offset) = pair::<S, L>(self.view, pairs, t / block);
-                        level.fma(scale, offset)
-                    }
-                    (ROW, _) => level.fma(shared.0, shared.1),
+                    ROW if L::TABLE => level.mul(shared.0),
+                    ROW => level.fma(shared.0, shared.1),
                     _ => level,
                 };
             }
@@ -191,19 +209,49 @@ impl<S: Widen, L: LevelType, const SCALES: u8> Reader<S> for Vectors<'_, L, SCAL
     }
 }
 
-/// Scale and offset of a block, as [`scalar::pair_at`] has it but with the CPU's own conversion.
-#[inline(always)]
-unsafe fn pair<S: Widen, L: LevelType>(view: &LevelsView, pairs: *const u8, index: usize) -> (S, S) {
-    let Scales::Row { symmetric, narrow, scale_factor, offset_factor, .. } = view.scales else { unreachable!() };
-    // SAFETY: the row has a pair for each block; the instruction set is the caller's.
-    unsafe {
-        let number = |at: usize| S::splat(S::one_f16(u16::from_le(pairs.add(2 * at).cast::<u16>().read_unaligned())));
-        if symmetric {
-            let scale = if narrow { S::splat(S::one_f16(u16::from(*pairs.add(index)) << 6)) } else { number(index) };
-            let scale = scale.mul(S::splat(scale_factor));
-            (scale, scale.mul(S::splat(-((1u32 << (L::bits(view) - 1)) as f32))))
-        } else {
-            (number(2 * index).mul(S::splat(scale_factor)), number(2 * index + 1).mul(S::splat(offset_factor)))
+/// The pairs inside rows, as [`scalar::pair_at`] has them but with the CPU's own conversion.
+#[derive(Clone, Copy)]
+struct Pairs {
+    /// Where they start in a row.
+    start: usize,
+    /// Columns that share one.
+    block: usize,
+    symmetric: bool,
+    narrow: bool,
+    scale_factor: f32,
+    /// What the stored offset is multiplied by; with `symmetric` what the scale is.
+    offset_factor: f32,
+}
+
+impl Pairs {
+    /// Those of a view; of no use where it has none.
+    fn new<L: LevelType>(view: &LevelsView) -> Self {
+        let start = view.level_bytes();
+        match view.scales {
+            Scales::Row { block, symmetric, narrow, scale_factor, offset_factor } => {
+                let middle = -((1u32 << (L::bits(view) - 1)) as f32);
+                let offset_factor = if symmetric { middle } else { offset_factor };
+                Pairs { start, block, symmetric, narrow, scale_factor, offset_factor }
+            }
+            _ => Pairs { start, block: 1, symmetric: true, narrow: false, scale_factor: 1.0, offset_factor: 0.0 },
+        }
+    }
+
+    /// Scale and offset of a block.
+    #[inline(always)]
+    unsafe fn read<S: Widen>(&self, row: *const u8, index: usize) -> (S, S) {
+        // SAFETY: the row has a pair for each block; the instruction set is the caller's.
+        unsafe {
+            let pairs = row.add(self.start);
+            let number = |at: usize| S::splat_f16(u16::from_le(pairs.add(2 * at).cast::<u16>().read_unaligned()));
+            let (scale_factor, offset_factor) = (S::splat(self.scale_factor), S::splat(self.offset_factor));
+            if self.symmetric {
+                let scale = if self.narrow { S::splat_f16(u16::from(*pairs.add(index)) << 6) } else { number(index) };
+                let scale = scale.mul(scale_factor);
+                (scale, scale.mul(offset_factor))
+            } else {
+                (number(2 * index).mul(scale_factor), number(2 * index + 1).mul(offset_factor))
+            }
         }
     }
 }
@@ -228,7 +276,7 @@ impl<S: Widen, L: LevelType> Decode for Spans<'_, S, L> {
     #[inline(always)]
     unsafe fn decode(&self, rows: &Rows, out: &mut [f32]) {
         let view = self.view;
-        let (dim, bits) = (view.dim, L::bits(view));
+        let (dim, bits, all) = (view.dim, L::bits(view), Pairs::new::<L>(view));
         if let Scales::Row { block, .. } = view.scales {
             // Vectors start on whole bytes; blocks that do not are rare enough for the plain loop.
             if block < dim && !(block * bits).is_multiple_of(8) {
@@ -258,9 +306,9 @@ impl<S: Widen, L: LevelType> Decode for Spans<'_, S, L> {
                         rest::<S>(view, code, 0, out, |t| (scale[t], offset[t]));
                     }
                     Scales::Row { block, .. } => {
-                        let pairs = &code[view.level_bytes()..];
+                        let pairs = &code[all.start..];
                         for (index, out) in out.chunks_mut(block).enumerate() {
-                            let shared = pair::<S, L>(view, pairs.as_ptr(), index);
+                            let shared = all.read::<S>(row, index);
                             span::<S, L>(view, row, index * block, out, |_| shared);
                             let alone = scalar::pair_at(view, pairs, index);
                             rest::<S>(view, code, index * block, out, |_| alone);

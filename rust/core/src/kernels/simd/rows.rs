@@ -1,12 +1,15 @@
 //! The loops over rows that all decoders share: a lookup stores each row, a pool adds it to others in registers.
 
-use super::{scalar, to_bf16, to_f16, Ids, Task, Widen};
+use super::{scalar, to_bf16, to_f16, Ids, Task, Widen, CACHE, STREAM, STREAM_16};
 use crate::kernels::{Bags, Rows, ROUNDED};
 use std::marker::PhantomData;
 use std::ops::Range;
 
 /// Bytes behind a row that a reader may read along with it.
 pub(super) const SPARE: usize = 8;
+
+/// Bytes of a cache line.
+const LINE: usize = 64;
 
 /// Rows of a block. A block is asked for while the one before it is read: early enough, and not so early that it is gone
 /// again.
@@ -21,8 +24,10 @@ pub(super) struct Source<'a> {
     inner: usize,
     /// A copy of the other rows, once one is read.
     copy: Vec<u8>,
-    /// Lines that a row may touch after its first one.
-    more_lines: usize,
+    /// From a row's first byte to the last of its bytes a line apart: one in each line but perhaps the last.
+    spread: usize,
+    /// The last byte of a row may stand in one line more.
+    beyond: bool,
     /// Position behind the block.
     position: usize,
     end: usize,
@@ -38,14 +43,16 @@ impl<'a> Source<'a> {
     #[inline(always)]
     pub(super) fn new<S: Widen>(rows: &Rows<'a>, row_bytes: usize) -> Self {
         let (codes, none) = (rows.codes, [rows.codes.as_ptr(); BLOCK]);
-        let in_one = 64usize.is_multiple_of(row_bytes) && (codes.as_ptr() as usize).is_multiple_of(row_bytes);
+        // All rows start on multiples of this.
+        let apart = 1 << (codes.as_ptr() as usize | row_bytes | LINE).trailing_zeros();
         let mut source = Source {
             codes,
             ids: rows.ids,
             row_bytes,
             inner: codes.len().saturating_sub(SPARE) / row_bytes,
             copy: Vec::new(),
-            more_lines: if in_one { 0 } else { (row_bytes + 62) / 64 },
+            spread: (row_bytes - 1) / LINE * LINE,
+            beyond: (row_bytes - 1) % LINE >= apart,
             position: rows.range.start,
             end: rows.range.end,
             count: 0,
@@ -108,12 +115,13 @@ impl<'a> Source<'a> {
     fn ask<S: Widen>(&self, i: usize) {
         let row = self.next[i];
         S::prefetch(row);
-        for line in 1..self.more_lines {
-            S::prefetch(row.wrapping_add(64 * line));
-        }
-        if self.more_lines > 0 {
-            // The last byte may stand in one line more.
+        if self.beyond {
             S::prefetch(row.wrapping_add(self.row_bytes - 1));
+        }
+        let mut place = self.spread;
+        while place > 0 {
+            S::prefetch(row.wrapping_add(place));
+            place -= LINE;
         }
     }
 
@@ -135,7 +143,7 @@ impl<'a> Source<'a> {
 
 /// Makes vectors of a row from its codes. Vector `v` stands at column `v * LANES`, the last one at the end of the row: it
 /// may overlap the one before.
-pub(super) trait Reader<S: Widen> {
+pub(super) trait Reader<S: Widen>: Copy {
     /// How many vectors make a row of `dim` values.
     #[inline(always)]
     fn vectors(&self, dim: usize) -> usize {
@@ -159,19 +167,36 @@ pub(super) trait Reader<S: Widen> {
         self.column::<N>(vector, dim) + i * S::LANES
     }
 
-    /// `N` vectors from `vector` on; if `N > 1` none of them is cut short by the row's end.
+    /// `N` vectors from `vector` on, a multiple of `N`; if `N > 1` none of them is cut short by the row's end.
     ///
     /// # Safety
     ///
     /// `code` is a row of [`Source`].
     unsafe fn read<const N: usize>(&self, code: *const u8, vector: usize, dim: usize) -> [S; N];
+
+    /// Sums and what [`Reader::read`] gives.
+    ///
+    /// # Safety
+    ///
+    /// As for [`Reader::read`].
+    #[inline(always)]
+    unsafe fn add<const N: usize>(&self, code: *const u8, vector: usize, dim: usize, mut sums: [S; N]) -> [S; N] {
+        // SAFETY: passed on to the caller.
+        unsafe {
+            let values = self.read::<N>(code, vector, dim);
+            for i in 0..N {
+                sums[i] = values[i].add(sums[i]);
+            }
+        }
+        sums
+    }
 }
 
-/// Vectors of a row that a lookup makes at a time.
+/// Vectors of a row that are made at a time, of short rows or what is left of long ones.
 const STEP: usize = 4;
 
-/// As many again: where vectors are short, so that codes are read less often, and for pools where the registers hold
-/// the sums beside what is added.
+/// As many again: what vectors share is read less often. For pools where the registers hold the sums beside what is
+/// added.
 const LONG_STEP: usize = 8;
 
 /// What is done with rows: a dispatch that chose a [`Reader`], or found none, calls one of these.
@@ -216,7 +241,7 @@ pub(super) trait Number {
     /// What the output holds of a value.
     type Bits;
     /// Writes a vector.
-    unsafe fn write<S: Widen, const STREAM: bool>(vector: S, to: *mut Self::Bits);
+    unsafe fn write<S: Widen, const WAY: u8>(vector: S, to: *mut Self::Bits);
     /// Writes whole rows.
     ///
     /// # Safety
@@ -228,14 +253,9 @@ pub(super) trait Number {
 impl Number for f32 {
     type Bits = f32;
     #[inline(always)]
-    unsafe fn write<S: Widen, const STREAM: bool>(vector: S, to: *mut f32) {
+    unsafe fn write<S: Widen, const WAY: u8>(vector: S, to: *mut f32) {
         // SAFETY: passed on to the caller.
-        unsafe {
-            match STREAM {
-                true => vector.stream(to),
-                false => vector.store(to),
-            }
-        }
+        unsafe { vector.store_f32::<WAY>(to) }
     }
     #[inline(always)]
     unsafe fn rows<S: Widen>(decoder: &impl Decode, rows: &Rows, _: usize, out: &mut [f32]) {
@@ -249,9 +269,9 @@ macro_rules! narrow {
         impl Number for $name {
             type Bits = u16;
             #[inline(always)]
-            unsafe fn write<S: Widen, const STREAM: bool>(vector: S, to: *mut u16) {
+            unsafe fn write<S: Widen, const WAY: u8>(vector: S, to: *mut u16) {
                 // SAFETY: passed on to the caller.
-                unsafe { vector.$store::<STREAM>(to) }
+                unsafe { vector.$store::<WAY>(to) }
             }
             #[inline(always)]
             unsafe fn rows<S: Widen>(decoder: &impl Decode, rows: &Rows, dim: usize, out: &mut [u16]) {
@@ -306,12 +326,17 @@ pub(super) struct Lookup<'a, T: Number> {
 impl<T: Number> Job for Lookup<'_, T> {
     #[inline(always)]
     unsafe fn run<S: Widen>(self, reader: &impl Reader<S>, row_bytes: usize, dim: usize) {
-        let lines = (dim * size_of::<T::Bits>()).is_multiple_of(64) && (self.out.as_ptr() as usize).is_multiple_of(16);
         let whole = |v: usize| reader.column::<1>(v, dim).is_multiple_of(S::LANES);
+        let lines = (dim * size_of::<T::Bits>()).is_multiple_of(LINE) && (0..reader.vectors(dim)).all(whole);
+        let place = self.out.as_ptr() as usize;
+        let way = match self.rows.stream && lines {
+            true if place.is_multiple_of(LINE) => STREAM,
+            true if place.is_multiple_of(16) => STREAM_16,
+            _ => CACHE,
+        };
         // SAFETY: passed on to the caller.
         unsafe {
-            let stream = self.rows.stream && lines && (0..reader.vectors(dim)).all(whole);
-            S::enter(LookupTask::<S, T, _> { job: self, reader, row_bytes, dim, stream, vector: PhantomData });
+            S::enter(LookupTask::<S, T, _> { job: self, reader: *reader, row_bytes, dim, way, vector: PhantomData })
         }
     }
 
@@ -325,18 +350,19 @@ impl<T: Number> Job for Lookup<'_, T> {
 /// Decodes rows.
 struct LookupTask<'a, S, T: Number, R> {
     job: Lookup<'a, T>,
-    reader: &'a R,
+    reader: R,
     row_bytes: usize,
     dim: usize,
-    /// Past the caches: rows of the output are whole lines and start on multiples of 16 bytes.
-    stream: bool,
+    /// How vectors are written; past the caches only where rows of the output are whole lines.
+    way: u8,
     vector: PhantomData<S>,
 }
 
 impl<S: Widen, T: Number, R: Reader<S>> Task for LookupTask<'_, S, T, R> {
     #[inline(always)]
     unsafe fn run(self) {
-        let (reader, dim, stream) = (self.reader, self.dim, self.stream);
+        // Copies, which no write to the output can change.
+        let (reader, dim, way) = (self.reader, self.dim, self.way);
         let (vectors, whole) = (reader.vectors(dim), dim / S::LANES);
         let mut to = self.job.out.as_mut_ptr();
         let mut source = Source::new::<S>(self.job.rows, self.row_bytes);
@@ -348,16 +374,16 @@ impl<S: Widen, T: Number, R: Reader<S>> Task for LookupTask<'_, S, T, R> {
                 // SAFETY: the code is a row of the source, and each vector has its place in a row of the output.
                 unsafe {
                     let mut v = 0;
-                    while S::LANES < 16 && v + LONG_STEP <= whole {
-                        write::<S, T, LONG_STEP>(reader, code, v, dim, to, stream);
+                    while v + LONG_STEP <= whole {
+                        write::<S, T, LONG_STEP>(&reader, code, v, dim, to, way);
                         v += LONG_STEP;
                     }
                     while v + STEP <= whole {
-                        write::<S, T, STEP>(reader, code, v, dim, to, stream);
+                        write::<S, T, STEP>(&reader, code, v, dim, to, way);
                         v += STEP;
                     }
                     while v < vectors {
-                        write::<S, T, 1>(reader, code, v, dim, to, stream);
+                        write::<S, T, 1>(&reader, code, v, dim, to, way);
                         v += 1;
                     }
                     to = to.add(dim);
@@ -367,7 +393,7 @@ impl<S: Widen, T: Number, R: Reader<S>> Task for LookupTask<'_, S, T, R> {
                 break;
             }
         }
-        if stream {
+        if way != CACHE {
             S::fence();
         }
     }
@@ -380,17 +406,26 @@ unsafe fn write<S: Widen, T: Number, const N: usize>(
     v: usize,
     dim: usize,
     to: *mut T::Bits,
-    stream: bool,
+    way: u8,
 ) {
-    // SAFETY: passed on to the caller.
+    // SAFETY: passed on to the caller. Loops by index: an array that is iterated over stays in memory.
     unsafe {
         let values = reader.read::<N>(code, v, dim);
-        for (i, value) in values.into_iter().enumerate() {
-            let to = to.add(reader.place::<N>(v, i, dim));
-            if stream {
-                T::write::<S, true>(value, to);
-            } else {
-                T::write::<S, false>(value, to);
+        match way {
+            STREAM => {
+                for i in 0..N {
+                    T::write::<S, STREAM>(values[i], to.add(reader.place::<N>(v, i, dim)));
+                }
+            }
+            STREAM_16 => {
+                for i in 0..N {
+                    T::write::<S, STREAM_16>(values[i], to.add(reader.place::<N>(v, i, dim)));
+                }
+            }
+            _ => {
+                for i in 0..N {
+                    T::write::<S, CACHE>(values[i], to.add(reader.place::<N>(v, i, dim)));
+                }
             }
         }
     }
@@ -405,7 +440,7 @@ impl Job for Pool<'_> {
     #[inline(always)]
     unsafe fn run<S: Widen>(self, reader: &impl Reader<S>, row_bytes: usize, dim: usize) {
         // SAFETY: passed on to the caller.
-        unsafe { S::enter(PoolTask::<S, _> { job: self, reader, row_bytes, dim, vector: PhantomData }) }
+        unsafe { S::enter(PoolTask::<S, _> { job: self, reader: *reader, row_bytes, dim, vector: PhantomData }) }
     }
 
     #[inline(always)]
@@ -417,7 +452,7 @@ impl Job for Pool<'_> {
 
 struct PoolTask<'a, S, R> {
     job: Pool<'a>,
-    reader: &'a R,
+    reader: R,
     row_bytes: usize,
     dim: usize,
     vector: PhantomData<S>,
@@ -426,74 +461,101 @@ struct PoolTask<'a, S, R> {
 impl<S: Widen, R: Reader<S>> Task for PoolTask<'_, S, R> {
     #[inline(always)]
     unsafe fn run(self) {
-        let (Pool { bags, out }, reader, dim) = (self.job, self.reader, self.dim);
-        let (vectors, whole) = (reader.vectors(dim), dim / S::LANES);
+        let (Pool { bags, out }, dim) = (self.job, self.dim);
         for (borders, out) in bags.borders.windows(2).zip(out.chunks_exact_mut(dim)) {
             if borders[0] == borders[1] && !bags.resume {
                 out.fill(0.0);
             }
         }
-        // What the earlier rows of a bag came to, vector after vector.
-        let mut earlier = vec![0.0; vectors * S::LANES];
-        let mut source = Source::new::<S>(&bags.rows, self.row_bytes);
-        let (mut bag, mut start) = (0, bags.rows.range.start);
-        loop {
-            let count = source.advance();
-            let mut i = 0;
-            // The part of each bag that lies in the block.
-            while i < count {
-                while bags.borders[bag + 1] as usize <= start + i {
-                    bag += 1;
-                }
-                let left = bags.borders[bag + 1] as usize - start;
-                let part = Part {
-                    rows: i..count.min(left),
-                    start: start + i,
-                    begins: bags.borders[bag] as usize == start + i,
-                    ends: left <= count,
-                    earlier: earlier.as_mut_ptr(),
-                    out: out[bag * dim..][..dim].as_mut_ptr(),
-                };
-                // SAFETY: each vector has its place in the row.
-                unsafe {
-                    let mut v = 0;
-                    while S::REGISTERS > 16 && v + LONG_STEP <= whole {
-                        combine::<S, LONG_STEP>(reader, &source, bags, &part, v, dim);
-                        v += LONG_STEP;
-                    }
-                    while v + STEP <= whole {
-                        combine::<S, STEP>(reader, &source, bags, &part, v, dim);
-                        v += STEP;
-                    }
-                    while v < vectors {
-                        combine::<S, 1>(reader, &source, bags, &part, v, dim);
-                        v += 1;
-                    }
-                    if part.ends && bags.resume {
-                        for v in 0..vectors {
-                            S::load(part.earlier.add(v * S::LANES)).store(part.out.add(reader.column::<1>(v, dim)));
-                        }
-                    }
-                }
-                i = part.rows.end;
-            }
-            start += count;
-            if count < BLOCK {
-                return;
+        // SAFETY: passed on to the caller.
+        unsafe {
+            match (bags.max, bags.weights) {
+                (true, _) => pool::<S, R, MAX>(self.reader, bags, &[], out, self.row_bytes, dim),
+                (_, Some(weights)) => pool::<S, R, WEIGHTED>(self.reader, bags, weights, out, self.row_bytes, dim),
+                _ => pool::<S, R, SUM>(self.reader, bags, &[], out, self.row_bytes, dim),
             }
         }
     }
 }
 
+/// How rows of a bag are combined.
+const SUM: u8 = 0;
+const WEIGHTED: u8 = 1;
+const MAX: u8 = 2;
+
+#[inline(always)]
+unsafe fn pool<S: Widen, R: Reader<S>, const HOW: u8>(
+    reader: R,
+    bags: &Bags,
+    weights: &[f32],
+    out: &mut [f32],
+    row_bytes: usize,
+    dim: usize,
+) {
+    let (vectors, whole, resume) = (reader.vectors(dim), dim / S::LANES, bags.resume);
+    // What the earlier rows of a bag came to, vector after vector.
+    let mut earlier = vec![0.0; vectors * S::LANES];
+    let mut source = Source::new::<S>(&bags.rows, row_bytes);
+    let (mut bag, mut start) = (0, bags.rows.range.start);
+    loop {
+        let count = source.advance();
+        let mut i = 0;
+        // The part of each bag that lies in the block.
+        while i < count {
+            while bags.borders[bag + 1] as usize <= start + i {
+                bag += 1;
+            }
+            let left = bags.borders[bag + 1] as usize - start;
+            let part = Part {
+                rows: i..count.min(left),
+                begins: bags.borders[bag] as usize == start + i,
+                ends: left <= count,
+                resume,
+                weights: if HOW == WEIGHTED { &weights[start..start + count] } else { weights },
+                earlier: earlier.as_mut_ptr(),
+                out: out[bag * dim..][..dim].as_mut_ptr(),
+            };
+            // SAFETY: each vector has its place in the row.
+            unsafe {
+                let mut v = 0;
+                while S::REGISTERS > 16 && v + LONG_STEP <= whole {
+                    combine::<S, R, LONG_STEP, HOW>(reader, &source, &part, v, dim);
+                    v += LONG_STEP;
+                }
+                while v + STEP <= whole {
+                    combine::<S, R, STEP, HOW>(reader, &source, &part, v, dim);
+                    v += STEP;
+                }
+                while v < vectors {
+                    combine::<S, R, 1, HOW>(reader, &source, &part, v, dim);
+                    v += 1;
+                }
+                if part.ends && resume {
+                    for v in 0..vectors {
+                        S::load(part.earlier.add(v * S::LANES)).store(part.out.add(reader.column::<1>(v, dim)));
+                    }
+                }
+            }
+            i = part.rows.end;
+        }
+        start += count;
+        if count < BLOCK {
+            return;
+        }
+    }
+}
+
 /// Rows of a block that belong to one bag.
-struct Part {
+struct Part<'a> {
     rows: Range<usize>,
-    /// Position of the first one.
-    start: usize,
     /// They are the bag's first rows.
     begins: bool,
     /// They are its last rows.
     ends: bool,
+    /// The bag goes on from what the output holds.
+    resume: bool,
+    /// Weights of all rows of the block, if there are any.
+    weights: &'a [f32],
     /// Where the vectors wait between the parts of a bag: not in the output, where one may overlap another.
     earlier: *mut f32,
     /// The bag's row of the output.
@@ -501,10 +563,9 @@ struct Part {
 }
 
 #[inline(always)]
-unsafe fn combine<S: Widen, const N: usize>(
-    reader: &impl Reader<S>,
+unsafe fn combine<S: Widen, R: Reader<S>, const N: usize, const HOW: u8>(
+    reader: R,
     source: &Source,
-    bags: &Bags,
     part: &Part,
     v: usize,
     dim: usize,
@@ -514,32 +575,38 @@ unsafe fn combine<S: Widen, const N: usize>(
         let place = |i: usize| part.out.add(reader.place::<N>(v, i, dim));
         let earlier = |i: usize| part.earlier.add((v + i) * S::LANES);
         let mut all = [S::splat(0.0); N];
-        if !part.begins || bags.resume {
+        if !part.begins || part.resume {
             for i in 0..N {
                 all[i] = S::load(if part.begins { place(i) } else { earlier(i) });
             }
-        } else if bags.max {
+        } else if HOW == MAX {
             all = reader.read::<N>(source.block[part.rows.start], v, dim);
         }
-        for row in part.rows.clone() {
+        for row in part.rows.start..part.rows.end {
             if v == 0 {
                 source.ask::<S>(row);
             }
+            if HOW == SUM {
+                all = reader.add::<N>(source.block[row], v, dim, all);
+                continue;
+            }
             let values = reader.read::<N>(source.block[row], v, dim);
-            if bags.max {
-                for i in 0..N {
-                    all[i] = values[i].max(all[i]);
+            match HOW {
+                MAX => {
+                    for i in 0..N {
+                        all[i] = values[i].max(all[i]);
+                    }
                 }
-            } else {
-                let position = part.start + row - part.rows.start;
-                let weight = S::splat(bags.weights.map_or(1.0, |weights| weights[position]));
-                for i in 0..N {
-                    all[i] = values[i].fma(weight, all[i]);
+                _ => {
+                    let weight = S::splat(part.weights[row]);
+                    for i in 0..N {
+                        all[i] = values[i].fma(weight, all[i]);
+                    }
                 }
             }
         }
         for i in 0..N {
-            all[i].store(if part.ends && !bags.resume { place(i) } else { earlier(i) });
+            all[i].store(if part.ends && !part.resume { place(i) } else { earlier(i) });
         }
     }
 }

@@ -1,6 +1,6 @@
 //! Two vectors combined value by value.
 
-use super::{check, scalar, Simd, Widen};
+use super::{check, scalar, Simd, Widen, CACHE};
 
 /// Combines two slices value by value: whole vectors with the first expression, the rest with the second.
 macro_rules! zip {
@@ -35,7 +35,7 @@ macro_rules! narrow {
             let whole = out.len() - out.len() % S::LANES;
             for t in (0..whole).step_by(S::LANES) {
                 // SAFETY: both slices have `LANES` values from `t`.
-                unsafe { S::load(x.as_ptr().add(t)).$store::<false>(out.as_mut_ptr().add(t)) };
+                unsafe { S::load(x.as_ptr().add(t)).$store::<CACHE>(out.as_mut_ptr().add(t)) };
             }
             scalar::$name(&x[whole..], &mut out[whole..]);
         }

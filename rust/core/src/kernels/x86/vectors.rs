@@ -1,6 +1,6 @@
 //! The vector operations of AVX2 and AVX-512.
 
-use crate::kernels::simd::{Pack, Simd, Task, Trace, Widen};
+use crate::kernels::simd::{Entries, Pack, Simd, Task, Trace, Widen, CACHE, STREAM};
 use std::arch::x86_64::*;
 
 /// Eight numbers in an AVX register.
@@ -58,31 +58,31 @@ macro_rules! arithmetic {
     };
 }
 
-/// Writes 16 bytes, with `STREAM` past the caches to a multiple of 16.
+/// Writes 16 bytes in one of the ways of [`Widen`].
 #[inline(always)]
-unsafe fn write_16<const STREAM: bool>(to: *mut u16, numbers: __m128i) {
+unsafe fn write_16<const WAY: u8>(to: *mut u16, numbers: __m128i) {
     // SAFETY: the caller has room, aligned where it is streamed.
     unsafe {
-        match STREAM {
-            true => _mm_stream_si128(to.cast(), numbers),
-            false => _mm_storeu_si128(to.cast(), numbers),
+        match WAY {
+            CACHE => _mm_storeu_si128(to.cast(), numbers),
+            _ => _mm_stream_si128(to.cast(), numbers),
         }
     }
 }
 
-/// Writes 32 bytes, with `STREAM` past the caches to a multiple of 16.
+/// Writes 32 bytes in one of the ways of [`Widen`].
 #[inline(always)]
-unsafe fn write_32<const STREAM: bool>(to: *mut u16, numbers: __m256i) {
+unsafe fn write_32<const WAY: u8>(to: *mut u16, numbers: __m256i) {
     // SAFETY: the caller has the instruction set, and room, aligned where it is streamed.
     unsafe {
-        if !STREAM {
-            return _mm256_storeu_si256(to.cast(), numbers);
+        match WAY {
+            CACHE => _mm256_storeu_si256(to.cast(), numbers),
+            STREAM => _mm256_stream_si256(to.cast(), numbers),
+            _ => {
+                write_16::<WAY>(to, _mm256_castsi256_si128(numbers));
+                write_16::<WAY>(to.add(8), _mm256_extracti128_si256::<1>(numbers));
+            }
         }
-        if (to as usize).is_multiple_of(32) {
-            return _mm256_stream_si256(to.cast(), numbers);
-        }
-        write_16::<true>(to, _mm256_castsi256_si128(numbers));
-        write_16::<true>(to.add(8), _mm256_extracti128_si256::<1>(numbers));
     }
 }
 
@@ -174,6 +174,35 @@ unsafe fn sixteen_fields(from: *const u8, bits: u32) -> __m512i {
     }
 }
 
+/// 16 bytes of entries of `WIDTH` numbers of two bytes each, from entry `first` on.
+#[inline(always)]
+unsafe fn join_16<const WIDTH: usize>(entries: &Entries<u16>, first: usize) -> __m128i {
+    // SAFETY: each entry has `WIDTH` numbers; the caller has the instruction set.
+    unsafe {
+        match WIDTH {
+            4 => {
+                let low = _mm_load_sd(entries[first].cast());
+                _mm_castpd_si128(_mm_loadh_pd(low, entries[first + 1].cast()))
+            }
+            8 => _mm_loadu_si128(entries[first].cast()),
+            _ => {
+                let mut numbers = [0; 4];
+                for place in 0..4 {
+                    numbers[place] = entries[first + place].cast::<i32>().read_unaligned();
+                }
+                _mm_setr_epi32(numbers[0], numbers[1], numbers[2], numbers[3])
+            }
+        }
+    }
+}
+
+/// 32 bytes of entries of `WIDTH` numbers of two bytes each.
+#[inline(always)]
+unsafe fn join_32<const WIDTH: usize>(entries: &Entries<u16>) -> __m256i {
+    // SAFETY: passed on to the caller.
+    unsafe { _mm256_setr_m128i(join_16::<WIDTH>(entries, 0), join_16::<WIDTH>(entries, 8 / WIDTH)) }
+}
+
 impl Widen for Eight {
     type Half = Eight;
     const REGISTERS: usize = 16;
@@ -223,14 +252,28 @@ impl Widen for Eight {
             Eight(_mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32::<28>(places))))
         };
         fn one_f16(bits: u16) -> f32 = _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(i32::from(bits))));
+        fn splat_f16(bits: u16) -> Self = Eight(_mm256_cvtph_ps(_mm_set1_epi16(bits as i16)));
     }
     #[inline(always)]
-    unsafe fn store_f16<const STREAM: bool>(self, to: *mut u16) {
+    unsafe fn join_f16<const WIDTH: usize>(entries: &Entries<u16>) -> Self {
+        // SAFETY: passed on to the caller.
+        Eight(unsafe { _mm256_cvtph_ps(join_16::<WIDTH>(entries, 0)) })
+    }
+    #[inline(always)]
+    unsafe fn join_bf16<const WIDTH: usize>(entries: &Entries<u16>) -> Self {
+        // SAFETY: passed on to the caller.
+        unsafe {
+            let wide = _mm256_cvtepu16_epi32(join_16::<WIDTH>(entries, 0));
+            Eight(_mm256_castsi256_ps(_mm256_slli_epi32::<16>(wide)))
+        }
+    }
+    #[inline(always)]
+    unsafe fn store_f16<const WAY: u8>(self, to: *mut u16) {
         // SAFETY: the caller has the instruction set and room for a vector.
-        unsafe { write_16::<STREAM>(to, _mm256_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(self.0)) }
+        unsafe { write_16::<WAY>(to, _mm256_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(self.0)) }
     }
     #[inline(always)]
-    unsafe fn store_bf16<const STREAM: bool>(self, to: *mut u16) {
+    unsafe fn store_bf16<const WAY: u8>(self, to: *mut u16) {
         // SAFETY: the caller has the instruction set and room for a vector.
         unsafe {
             let bits = _mm256_castps_si256(self.0);
@@ -241,19 +284,13 @@ impl Widen for Eight {
             let nan = _mm256_castps_si256(_mm256_cmp_ps::<_CMP_UNORD_Q>(self.0, self.0));
             let all = _mm256_blendv_epi8(rounded, quiet, nan);
             let packed = _mm256_permute4x64_epi64::<0b1000>(_mm256_packus_epi32(all, all));
-            write_16::<STREAM>(to, _mm256_castsi256_si128(packed));
+            write_16::<WAY>(to, _mm256_castsi256_si128(packed));
         }
     }
     #[inline(always)]
-    unsafe fn stream(self, to: *mut f32) {
-        // SAFETY: the caller has the instruction set and a place for a vector on a multiple of 16 bytes.
-        unsafe {
-            if (to as usize).is_multiple_of(32) {
-                return _mm256_stream_ps(to, self.0);
-            }
-            _mm_stream_ps(to, _mm256_castps256_ps128(self.0));
-            _mm_stream_ps(to.add(4), _mm256_extractf128_ps::<1>(self.0));
-        }
+    unsafe fn store_f32<const WAY: u8>(self, to: *mut f32) {
+        // SAFETY: the caller has the instruction set, and room, aligned where it is streamed.
+        unsafe { write_32::<WAY>(to.cast(), _mm256_castps_si256(self.0)) }
     }
     #[inline(always)]
     fn fence() {
@@ -444,14 +481,28 @@ impl Widen for Sixteen {
             }
         };
         fn one_f16(bits: u16) -> f32 = Eight::one_f16(bits);
+        fn splat_f16(bits: u16) -> Self = Sixteen(_mm512_cvtph_ps(_mm256_set1_epi16(bits as i16)));
     }
     #[inline(always)]
-    unsafe fn store_f16<const STREAM: bool>(self, to: *mut u16) {
+    unsafe fn join_f16<const WIDTH: usize>(entries: &Entries<u16>) -> Self {
+        // SAFETY: passed on to the caller.
+        Sixteen(unsafe { _mm512_cvtph_ps(join_32::<WIDTH>(entries)) })
+    }
+    #[inline(always)]
+    unsafe fn join_bf16<const WIDTH: usize>(entries: &Entries<u16>) -> Self {
+        // SAFETY: passed on to the caller.
+        unsafe {
+            let wide = _mm512_cvtepu16_epi32(join_32::<WIDTH>(entries));
+            Sixteen(_mm512_castsi512_ps(_mm512_slli_epi32::<16>(wide)))
+        }
+    }
+    #[inline(always)]
+    unsafe fn store_f16<const WAY: u8>(self, to: *mut u16) {
         // SAFETY: the caller has the instruction set and room for a vector.
-        unsafe { write_32::<STREAM>(to, _mm512_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(self.0)) }
+        unsafe { write_32::<WAY>(to, _mm512_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(self.0)) }
     }
     #[inline(always)]
-    unsafe fn store_bf16<const STREAM: bool>(self, to: *mut u16) {
+    unsafe fn store_bf16<const WAY: u8>(self, to: *mut u16) {
         // SAFETY: the caller has the instruction set and room for a vector.
         unsafe {
             let bits = _mm512_castps_si512(self.0);
@@ -460,20 +511,22 @@ impl Widen for Sixteen {
             let rounded = _mm512_srli_epi32::<16>(_mm512_add_epi32(bits, even));
             let nan = _mm512_cmp_ps_mask::<_CMP_UNORD_Q>(self.0, self.0);
             let all = _mm512_mask_or_epi32(rounded, nan, upper, _mm512_set1_epi32(0x40));
-            write_32::<STREAM>(to, _mm512_cvtepi32_epi16(all));
+            write_32::<WAY>(to, _mm512_cvtepi32_epi16(all));
         }
     }
     #[inline(always)]
-    unsafe fn stream(self, to: *mut f32) {
-        // SAFETY: the caller has the instruction set and a place for a vector on a multiple of 16 bytes.
+    unsafe fn store_f32<const WAY: u8>(self, to: *mut f32) {
+        // SAFETY: the caller has the instruction set, and room, aligned where it is streamed.
         unsafe {
-            if (to as usize).is_multiple_of(64) {
-                return _mm512_stream_ps(to, self.0);
+            match WAY {
+                CACHE => _mm512_storeu_ps(to, self.0),
+                STREAM => _mm512_stream_ps(to, self.0),
+                _ => {
+                    let halves = _mm512_castps_si512(self.0);
+                    write_32::<WAY>(to.cast(), _mm512_castsi512_si256(halves));
+                    write_32::<WAY>(to.add(8).cast(), _mm512_extracti64x4_epi64::<1>(halves));
+                }
             }
-            _mm_stream_ps(to, _mm512_castps512_ps128(self.0));
-            _mm_stream_ps(to.add(4), _mm512_extractf32x4_ps::<1>(self.0));
-            _mm_stream_ps(to.add(8), _mm512_extractf32x4_ps::<2>(self.0));
-            _mm_stream_ps(to.add(12), _mm512_extractf32x4_ps::<3>(self.0));
         }
     }
     #[inline(always)]
