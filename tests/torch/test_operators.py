@@ -14,6 +14,7 @@ from torch import nn
 
 import vqrs
 import vqrs.torch
+from vqrs import _core
 from vqrs.torch import operators
 
 N_ROWS, DIM = 60, 13
@@ -34,15 +35,26 @@ COMPRESSIONS = {
     "join": {"method": "product", "n_subvectors": 5, "n_bits": 3, "residual": {"kind": "scalar", "parameters": {}}},
     "trellis": {"method": "trellis"},
     "sparse": {"method": "sparse", "density": 0.5},
-    "segments": {"method": vqrs.MixedPrecisionQuantizer(n_bits=4, random_state=0)},
 }
 
 
-@pytest.fixture(params=COMPRESSIONS, scope="module")
+def of_groups() -> vqrs.Table:
+    """Rows of two quantizers in no order, as ``MixedPrecisionQuantizer`` makes them of larger tables."""
+    group_of = np.random.default_rng(0).permutation(np.repeat(np.uint8([0, 1]), N_ROWS // 2))
+    parts = [
+        vqrs.compress(ROWS[group_of == 0], method="scalar", dtype="int4"),
+        vqrs.compress(ROWS[group_of == 1], method="product", n_subvectors=2, n_bits=3, random_state=0),
+    ]
+    codecs, codes = [part._core.codec() for part in parts], [part.codes for part in parts]
+    about = {"kind": "mixed", "parameters": {}, "errors": {"relative": 0.0}}
+    return vqrs.Table(_core.Table.from_groups(codecs, codes, group_of, **about))
+
+
+@pytest.fixture(params=[*COMPRESSIONS, "segments"], scope="module")
 def table(request: pytest.FixtureRequest) -> vqrs.Table:
-    compression = dict(COMPRESSIONS[request.param])
-    random_state = {} if isinstance(compression["method"], vqrs.MixedPrecisionQuantizer) else {"random_state": 0}
-    return vqrs.compress(ROWS, **random_state, **compression)
+    if request.param == "segments":
+        return of_groups()
+    return vqrs.compress(ROWS, random_state=0, **COMPRESSIONS[request.param])
 
 
 @pytest.fixture(params=[False, True], ids=["frozen", "trainable"])
@@ -187,7 +199,7 @@ def test_out_is_filled(table: vqrs.Table) -> None:
     for bad in (
         torch.empty(2, 3, DIM + 1),
         torch.empty(2, 3, DIM, dtype=torch.float64),
-        torch.empty(DIM, 3, 2).T,
+        torch.empty(DIM, 3, 2).permute(2, 1, 0),
         torch.empty(2, 3, DIM, requires_grad=True),
         torch.empty(2, 3, DIM, device="meta"),
     ):
