@@ -181,9 +181,10 @@ class Table:
     ) -> Any:
         """Bag b is ids[offsets[b]:offsets[b + 1]] of the flattened ids, the last one up to the end; empty bags give zeros.
         (len(offsets), dim); dtypes as in ``lookup``."""
-    def lookup_at(self, ids: int, count: int, wide: bool, out: int, dtype: str, n_jobs: int | None) -> None:
+    def lookup_at(self, ids: int, count: int, wide: bool, out: int, dtype: str, threads: int) -> None:
         """``lookup`` between addresses, for tensors of torch: ``count`` ids (int64 if ``wide``, else int32) into as many
-        rows of float32, float16 or bfloat16. The caller answers for the memory. Negative ids are refused."""
+        rows of float32, float16 or bfloat16. The caller answers for the memory. Negative ids are refused. No more
+        than ``threads`` work at it."""
     def pool_at(
         self,
         ids: int,
@@ -195,7 +196,7 @@ class Table:
         mode: Literal["sum", "mean", "max"],
         out: int,
         dtype: str,
-        n_jobs: int | None,
+        threads: int,
     ) -> None:
         """``pool`` between addresses: offsets are int64 (None: bags of equal size), weights float32."""
     def search(

@@ -231,15 +231,6 @@ def test_offsets_must_be_integers() -> None:
         bag(torch.tensor([1, 2]), torch.tensor([0.0]))
 
 
-def test_threads_of_torch_bound_those_of_a_call() -> None:
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(1)
-        assert operators._threads(1 << 22) == 1
-    finally:
-        torch.set_num_threads(before)
-
-
 @pytest.mark.parametrize("transform", ["vmap", "fake", "make_fx", "meta device"])
 def test_modes_of_torch_see_the_call(transform: str) -> None:
     table = vqrs.compress(ROWS, method="product", n_subvectors=5, n_bits=3)

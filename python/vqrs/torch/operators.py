@@ -62,6 +62,10 @@ def read_rows(table: _core.Table, dim: int, ids: Tensor, dtype: torch.dtype, out
     ------
     IndexError
         If an id is negative or beyond the last row.
+
+    Notes
+    -----
+    No more threads work at it than torch uses here: one in a worker of a DataLoader.
     """
     ids_dtype = ids.dtype
     if ids_dtype is not torch.int64 and ids_dtype is not torch.int32:
@@ -76,7 +80,7 @@ def read_rows(table: _core.Table, dim: int, ids: Tensor, dtype: torch.dtype, out
     else:
         name = _checked_out(out, (*ids.shape, dim))
     count = ids.numel()
-    table.lookup_at(ids.data_ptr(), count, ids_dtype is torch.int64, out.data_ptr(), name, _threads(count * dim))
+    table.lookup_at(ids.data_ptr(), count, ids_dtype is torch.int64, out.data_ptr(), name, torch.get_num_threads())
     return out
 
 
@@ -148,7 +152,7 @@ def read_bags(
         mode,
         out.data_ptr(),
         name,
-        _threads(count * dim),
+        torch.get_num_threads(),
     )
     return out
 
@@ -177,15 +181,6 @@ def _checked_out(out: Tensor, shape: tuple[int, ...]) -> str:
             f"tensor of shape {tuple(shape)} and float32, float16 or bfloat16, without a gradient"
         )
     return name
-
-
-_PARALLEL_VALUES = 1 << 20
-"""Values below which the core does not split a call: the number of threads need not be asked for."""
-
-
-def _threads(values: int) -> int | None:
-    """Threads for a call: no more than torch uses here, which is one in a worker of a DataLoader."""
-    return None if values < _PARALLEL_VALUES else min(torch.get_num_threads(), _core.hardware()["threads"])
 
 
 # ---- decoders as text and tensors ----------------------------------------------------------------------------------

@@ -21,10 +21,24 @@ static POOLS: [OnceLock<Pool>; 128] = [const { OnceLock::new() }; 128];
 /// More threads than any machine's cores only take time to start.
 const MAX_THREADS: usize = 256;
 
+/// The cores that this process may use, in the low half, and the process that counted them: counting reads files, which
+/// takes as long as the lookup of a thousand rows.
+static CORES: AtomicU64 = AtomicU64::new(0);
+
+fn cores() -> usize {
+    let process = u64::from(std::process::id()) << 32;
+    let known = CORES.load(Ordering::Relaxed);
+    if known != 0 && known & !u64::from(u32::MAX) == process {
+        return known as u32 as usize;
+    }
+    let count = std::thread::available_parallelism().map_or(1, |n| n.get());
+    CORES.store(process | count as u64, Ordering::Relaxed);
+    count
+}
+
 /// How many threads a call may use: `n_jobs` as scikit-learn reads it (-1: all, -2: all but one), else
 /// `VQRS_NUM_THREADS`, `RAYON_NUM_THREADS`, or the cores that this process may use (affinity and cgroup).
 pub fn threads(n_jobs: Option<i64>) -> usize {
-    let cores = || std::thread::available_parallelism().map_or(1, |n| n.get());
     let from_env =
         |name: &str| std::env::var(name).ok().and_then(|v| v.trim().parse::<usize>().ok()).filter(|n| *n > 0);
     match n_jobs {
@@ -108,6 +122,12 @@ impl Context {
     /// Threads that this call may use.
     pub fn threads(&self) -> usize {
         *self.threads.get_or_init(|| threads(self.n_jobs))
+    }
+
+    /// The same context with no more threads than these.
+    pub fn at_most(self, threads: usize) -> Self {
+        let fewer = if threads <= 1 { 1 } else { threads.min(self.threads()) };
+        Context { threads: fewer.into(), ..self }
     }
 
     /// The same context with another seed (progress and cancellation stay shared).

@@ -395,7 +395,7 @@ impl Table {
         Ok(Some(rows.into_any()))
     }
 
-    #[pyo3(signature = (ids, count, wide, out, dtype, n_jobs))]
+    #[pyo3(signature = (ids, count, wide, out, dtype, threads))]
     fn lookup_at(
         &self,
         py: Python<'_>,
@@ -404,20 +404,20 @@ impl Table {
         wide: bool,
         out: usize,
         dtype: &str,
-        n_jobs: Option<i64>,
+        threads: usize,
     ) -> PyResult<()> {
         let table = self.get()?;
         let ids = address::ids(ids, count, wide)?;
         let values = count.saturating_mul(table.dim());
         let out = address::output(out, values, dtype)?;
-        let ctx = Context::new(n_jobs, 0);
+        let ctx = Context::default().at_most(threads);
         run(py, values, &ctx, || {
             rows_of(ids, &table, false)?;
             table.lookup(ids, out, &ctx)
         })
     }
 
-    #[pyo3(signature = (ids, count, wide, offsets, bags, weights, mode, out, dtype, n_jobs))]
+    #[pyo3(signature = (ids, count, wide, offsets, bags, weights, mode, out, dtype, threads))]
     fn pool_at(
         &self,
         py: Python<'_>,
@@ -430,7 +430,7 @@ impl Table {
         mode: &str,
         out: usize,
         dtype: &str,
-        n_jobs: Option<i64>,
+        threads: usize,
     ) -> PyResult<()> {
         let (table, pooling) = (self.get()?, pooling(mode)?);
         let ids = address::ids(ids, count, wide)?;
@@ -445,7 +445,7 @@ impl Table {
         };
         let weights = weights.map(|weights| address::values(weights, count)).transpose()?;
         let out = address::output(out, bags.saturating_mul(table.dim()), dtype)?;
-        let ctx = Context::new(n_jobs, 0);
+        let ctx = Context::default().at_most(threads);
         run(py, count.saturating_add(bags).saturating_mul(table.dim()), &ctx, || {
             rows_of(ids, &table, false)?;
             table.pool(ids, offsets, weights, pooling, out, &ctx)

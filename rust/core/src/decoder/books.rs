@@ -234,6 +234,11 @@ impl Form for Books {
         bits::row_bytes(self.len(), self.spec.bits)
     }
 
+    /// Earlier than others: what is written pushes the books out of the first caches.
+    fn stream_bytes(&self) -> usize {
+        1 << 20
+    }
+
     fn decode_floats(&self, rows: &Rows, out: &mut [f32]) {
         self.decode(rows, out.into());
     }

@@ -64,6 +64,13 @@ pub trait Form {
         kernels::best().write(self.dim(), out, |range, out| self.decode_floats(&rows.part(range), out));
     }
 
+    /// Bytes of a call's output from which it is written past the caches, where it would not be found again anyway. Below,
+    /// memory that is used again and again, as allocators and `out` make it, stays in the last cache, which takes what is
+    /// written faster.
+    fn stream_bytes(&self) -> usize {
+        4 << 20
+    }
+
     /// Combines decoded rows, a row of `out` for each bag. Forms with kernels that add in registers have their own.
     fn pool(&self, bags: &Bags, out: &mut [f32]) {
         kernels::pool_rows(bags, self.dim(), out, |rows, out| self.decode_floats(rows, out));
@@ -197,6 +204,11 @@ impl Decoder {
     /// Decodes the rows `ids` of `codes` into `out`, on the calling thread. Ids must be inside the codes.
     pub fn decode<'a>(&self, codes: &[u8], ids: Ids, out: impl Into<Output<'a>>) {
         self.decode_rows(&Rows { codes, ids, range: 0..ids.len(), stream: false }, out.into());
+    }
+
+    /// See [`Form::stream_bytes`].
+    pub fn stream_bytes(&self) -> usize {
+        self.get().stream_bytes()
     }
 
     /// Decodes some rows of a call into `out`, on the calling thread. Ids must be inside the codes.

@@ -23,11 +23,6 @@ const PARALLEL_VALUES: usize = 1 << 20;
 /// Rows that one task of a parallel lookup reads.
 const TASK_ROWS: usize = 4096;
 
-/// Outputs of a call above this many bytes will not be in the caches when they are read: they are written past them. Below
-/// it memory that is used again and again, as allocators and `out` make it, stays in the last cache, which takes what is
-/// written faster.
-const STREAM_BYTES: usize = 4 << 20;
-
 /// Ids of one bag that are pooled between two looks at cancellation.
 const PART_IDS: i64 = 1 << 16;
 
@@ -232,7 +227,7 @@ impl Table {
             return Err(Error::shape("out", format!("{} values", out.len()), expected));
         }
         self.touch_ids(ids)?;
-        let stream = out.bytes() > STREAM_BYTES;
+        let stream = out.bytes() > self.decoder.stream_bytes();
         let rows = |range: Range<usize>| Rows { codes: self.codes(), ids, range, stream };
         if wanted < PARALLEL_VALUES || ctx.threads() == 1 {
             for start in (0..ids.len()).step_by(TASK_ROWS) {
