@@ -190,13 +190,32 @@ impl Context {
         self.install(|| out.par_chunks_mut(size).enumerate().try_for_each(run))
     }
 
-    /// `work(task)` for all tasks, in parallel and stopping early when cancelled.
+    /// `work(task)` for all tasks, in parallel and stopping early when cancelled. The calling thread works as well: the
+    /// others take as long to wake as a thousand rows to decode.
     pub fn each<T: Send>(&self, tasks: Vec<T>, work: impl Fn(T) -> Result<()> + Sync) -> Result<()> {
         let run = |task: T| self.check().and_then(|()| work(task));
-        if tasks.len() <= 1 || self.threads() == 1 {
+        let threads = self.threads().min(tasks.len());
+        if threads <= 1 {
             return tasks.into_iter().try_for_each(run);
         }
-        self.install(|| tasks.into_par_iter().try_for_each(run))
+        let tasks = Mutex::new(tasks.into_iter());
+        let failure = Mutex::new(None);
+        let next = || tasks.lock().unwrap_or_else(PoisonError::into_inner).next();
+        let drain = || {
+            while let Some(task) = next() {
+                if let Err(error) = run(task) {
+                    failure.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(error);
+                    while next().is_some() {}
+                }
+            }
+        };
+        pool(self.threads()).in_place_scope(|scope| {
+            for _ in 1..threads {
+                scope.spawn(|_| drain());
+            }
+            drain();
+        });
+        failure.into_inner().unwrap_or_else(PoisonError::into_inner).map_or(Ok(()), Err)
     }
 
     /// `work(0), ..., work(count - 1)` in parallel, results in order.
