@@ -22,6 +22,7 @@ from vqrs.torch.forms import FORMS, Decoder, decoder_from_parts
 from vqrs.torch.operators import (
     ID_DTYPES,
     as_arrays,
+    check_offsets,
     describe,
     pool_gathered,
     read_bags,
@@ -49,6 +50,7 @@ class _TableModule(nn.Module):
     decoder: Decoder
     _output: Tensor
     # Plain attributes beside the buffers that say the same: torch finds those ten times more slowly.
+    _table: vqrs.Table
     _core: _core.Table
     _reads_core: bool
     _row_dtype: torch.dtype
@@ -402,7 +404,8 @@ class _TableModule(nn.Module):
         Notes
         -----
         A table's file is never written: the first change makes a copy of the codes in memory, which the module then
-        owns. ``state_dict``, ``to_table`` and lookups see the new codes; tables that were made before do not change.
+        owns. ``state_dict``, ``to_table`` and lookups see the new codes, as do modules of one weight that ``compress_``
+        has given one table; tables that were made before do not change.
 
         References
         ----------
@@ -440,8 +443,13 @@ class _TableModule(nn.Module):
             raise ValueError("the target has NaN or infinity")
         tensors = {name: tensor.cpu() for name, tensor in self.decoder.stored_tensors().items()}
         codec = _core.Codec.from_parts(self._table._core.info(), as_arrays(tensors))
+        origin = self.__dict__.get("_origin")
+        tied = [one for one in origin.modules if one is not self and one._core is self._core] if origin else []
         outcome = training.reassign(self, codec, ids, target, n_jobs)
         self._row_gradients.clear()
+        self._table = vqrs.Table(self._core)  # another object: who keeps decoded rows makes them anew
+        for one in tied:
+            one._adopt(self._table, self.decoder if self.trainable and one.trainable else None)
         return outcome
 
     def _step(self, ids: Tensor | None, learning_rate: float) -> tuple[Tensor, Tensor]:
@@ -863,6 +871,8 @@ class EmbeddingBag(_TableModule):
                 ids, offsets, weights, codes, tensors, text, self.mode, self.dtype, padding
             )
             return pooled
+        if _is_eager(ids) and _is_eager(offsets):
+            check_offsets(offsets, len(ids))
         rows = self._gather(ids)
         return pool_gathered(rows, ids, offsets, weights, self.mode, self.padding_idx).to(self.dtype)
 
