@@ -398,3 +398,16 @@ def test_offsets_that_do_not_fit_are_refused(trainable: bool, padding_idx: int |
         with pytest.raises(ValueError, match="not falling, at most 6"):
             bag(IDS.flatten(), torch.tensor(offsets, dtype=torch.int64))
         assert bag(IDS.flatten()[:0], torch.tensor([], dtype=torch.int64)).shape == (0, DIM)
+
+
+def test_codes_that_are_replaced_are_read() -> None:
+    table = vqrs.compress(ROWS, **COMPRESSIONS["books"])
+    embedding = vqrs.torch.Embedding.from_table(table)
+    bag = vqrs.torch.EmbeddingBag.from_table(table, mode="sum")
+    expected = decoded(table).flip(0)
+    for module in (embedding, bag):
+        module.codes = module.codes.flip(0).clone()
+        torch.testing.assert_close(module.weight, expected)
+    torch.testing.assert_close(embedding(IDS), expected[IDS])
+    torch.testing.assert_close(bag(IDS), expected[IDS].sum(1))
+    torch.testing.assert_close(torch.compile(embedding, backend="aot_eager")(IDS), expected[IDS])

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import pickle
 import subprocess
 import sys
 from collections.abc import Callable
@@ -321,6 +322,7 @@ def test_folders_of_transformers(
     assert {table._core.mapped for table in tables_of(again).values()} == {not own_saving}
     again.tie_weights()
     assert torch.equal(output_of(again, ids), expected)
+    assert torch.equal(output_of(pickle.loads(pickle.dumps(again)), ids), expected)
     again.save_pretrained(tmp_path / "again")
     assert torch.equal(output_of(load(model, tmp_path / "again"), ids), expected)
     decompress_(again)
@@ -587,3 +589,12 @@ def test_states_that_describe_no_table_are_refused(text: str) -> None:
     with pytest.raises(ValueError, match="the state of 0 cannot be loaded"):
         vqrs.torch.load_state_dict_(fresh, state)
     assert type(fresh[0]) is nn.Embedding
+
+
+def test_a_table_of_another_shape_is_refused(transformer: Any, tmp_path: Path) -> None:
+    compress_(transformer, **INT4)
+    vqrs.torch.save_pretrained(transformer, tmp_path)
+    file, *_ = tmp_path.glob("*.vqrs.safetensors")
+    vqrs.compress(np.ones((10, 4), np.float32), method="scalar", dtype="int8").save(file)
+    with pytest.raises(ValueError, match=r"has a table of shape \(10, 4\), the model a weight of shape"):
+        vqrs.torch.from_pretrained(tmp_path)

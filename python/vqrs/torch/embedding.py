@@ -52,6 +52,7 @@ class _TableModule(nn.Module):
     # Plain attributes beside the buffers that say the same: torch finds those ten times more slowly.
     _table: vqrs.Table
     _core: _core.Table
+    _core_codes: Tensor
     _reads_core: bool
     _row_dtype: torch.dtype
     _text: str
@@ -232,7 +233,7 @@ class _TableModule(nn.Module):
     @property
     def weight(self) -> Tensor:
         """All rows, decoded: a tensor of shape (n, d). Made anew at every read; differentiable if trainable."""
-        if self._reads_core and _is_eager(self.codes):
+        if self._reads_core and self._buffers["codes"] is self._core_codes and _is_eager(self.codes):
             return read_rows(self._core, self.embedding_dim, torch.arange(self.num_embeddings), self._row_dtype)
         blocks = torch.arange(self.num_embeddings, device=self.codes.device).split(BLOCK)
         return torch.cat([self._gather(block).to(self.dtype) for block in blocks])
@@ -512,6 +513,7 @@ class _TableModule(nn.Module):
     def _take_note(self) -> None:
         """Keep plain copies of what every call asks."""
         self._core = self._table._core
+        self._core_codes = self.codes
         self._reads_core = not self.trainable and self.codes.is_cpu
         self._row_dtype = self._output.dtype
         self._text, self._names = describe(self._table.info()["decoder"], self.decoder)
@@ -596,7 +598,7 @@ class _TableModule(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         """All but the codes: they come back with the table, which a file's table reopens by its path."""
         buffers = {name: buffer for name, buffer in self._buffers.items() if name != "codes"}
-        state = {name: value for name, value in self.__dict__.items() if name != "_core"}
+        state = {name: value for name, value in self.__dict__.items() if name not in ("_core", "_core_codes")}
         return state | {"_buffers": buffers}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -734,7 +736,7 @@ class Embedding(_TableModule):
         ValueError
             If ``out`` cannot be filled.
         """
-        if self._reads_core and _is_eager(input):
+        if self._reads_core and self._buffers["codes"] is self._core_codes and _is_eager(input):
             return read_rows(self._core, self.embedding_dim, input, self._row_dtype, out)
         _refuse_out(out)
         self._check_ids(input)
@@ -851,7 +853,7 @@ class EmbeddingBag(_TableModule):
         TypeError
             If ids or offsets are neither int32 nor int64.
         """
-        eager = self._reads_core and _is_eager(input)
+        eager = self._reads_core and self._buffers["codes"] is self._core_codes and _is_eager(input)
         if eager and input.dim() == 2 and offsets is None and per_sample_weights is None and self.padding_idx is None:
             return read_bags(self._core, self.embedding_dim, input, None, None, self.mode, self._row_dtype, out)
         if not eager or self.padding_idx is not None or input.dtype not in ID_DTYPES:

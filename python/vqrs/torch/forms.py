@@ -892,7 +892,7 @@ def _with_children(decoder: Decoder, **children: nn.Module) -> Decoder:
     return copied
 
 
-@functools.cache
+@functools.lru_cache(maxsize=64)
 def _signs_of(dim: int, seed: int, passes: int) -> Tensor:
     return torch.tensor([[random_sign(seed, turn * dim + place) for place in range(dim)] for turn in range(passes)])
 

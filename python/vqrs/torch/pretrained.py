@@ -7,6 +7,7 @@ A table stays a file of its own beside ``config.json``, from which it is mapped.
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import re
@@ -684,6 +685,7 @@ class _Place(nn.Module):
         return empty
 
 
+@functools.cache
 def _transformers_classes() -> tuple[Any, Any]:
     """Our config and loader in the terms of transformers, which is imported only when it is used."""
     from transformers.quantizers.base import HfQuantizer
@@ -725,7 +727,15 @@ def _transformers_classes() -> tuple[Any, Any]:
 
             return decompress_(model)
 
+    for made in (TableConfig, TableLoader):
+        made.__qualname__ = made.__name__  # where pickle looks for them: a loaded model holds both
     return TableConfig, TableLoader
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("TableConfig", "TableLoader"):
+        return _transformers_classes()[name == "TableLoader"]
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def _clear_places(model: Any, described: Mapping[str, Any]) -> list[tuple[str, nn.Module, _Place, list[Any]]]:
@@ -790,6 +800,9 @@ def _fill_places(
     for name, old, place, heads in places:
         first = described[name].get("table_of", name)
         table = made[first][0]._table if first in made else _table_of(model, described, name, files)
+        expected = place.num_embeddings, place.embedding_dim
+        if table.shape != expected:
+            raise ValueError(f"{name} has a table of shape {table.shape}, the model a weight of shape {expected}")
         new = _made(described[name], table, place.output.device, place.output.dtype)
         if first in made and new.trainable:
             new.decoder = made[first][0].decoder
