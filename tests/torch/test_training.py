@@ -759,3 +759,13 @@ def test_trained_tables_of_any_dtype_can_be_stored_and_loaded(
         again = vqrs.torch.Embedding.from_table(table, trainable=trainable)
         again.load_state_dict(embedding.state_dict())
         torch.testing.assert_close(again.weight.float(), stored, rtol=0.05, atol=0.05)
+
+
+def test_straight_through_gradients_of_many_steps_take_bounded_memory() -> None:
+    module = vqrs.torch.Embedding.from_table(TABLES["books-single-float32-v1"], trainable=True, straight_through=True)
+    for step in range(100):
+        module(torch.tensor([1, 2, 1])).sum().backward()
+        assert len(module._row_gradients) <= 33, step
+    ids, gradients = module.row_gradients()
+    assert ids.tolist() == [1, 2]
+    assert gradients[:, 0].tolist() == [200, 100]

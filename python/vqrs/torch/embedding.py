@@ -35,6 +35,8 @@ from vqrs.torch.training import Reassignment
 __all__ = ["Embedding", "EmbeddingBag"]
 
 Self = TypeVar("Self", bound="_TableModule")
+KEPT_PASSES = 32
+"""Backward passes whose gradients of rows are kept apart: bounds the memory that they take until ``reassign``."""
 BLOCK = 65_536
 """Rows that are decoded at once where all are wanted: bounds the memory that unpacked codes take."""
 
@@ -332,9 +334,15 @@ class _TableModule(nn.Module):
 
     def _keep_gradient(self, ids: Tensor, rows: Tensor) -> None:
         """With ``straight_through``, note what reaches these rows in the backward pass."""
-        if self.straight_through and rows.requires_grad:
-            kept = self._row_gradients
-            rows.register_hook(lambda gradient: kept.append((ids.detach(), gradient.detach())))
+        if not (self.straight_through and rows.requires_grad):
+            return
+
+        def keep(gradient: Tensor) -> None:
+            self._row_gradients.append((ids.detach(), gradient.detach()))
+            if len(self._row_gradients) > KEPT_PASSES:
+                self._row_gradients[:] = [self.row_gradients()]
+
+        rows.register_hook(keep)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget the gradients of parameters, and those of rows that ``straight_through`` keeps."""
@@ -343,6 +351,8 @@ class _TableModule(nn.Module):
 
     def row_gradients(self) -> tuple[Tensor, Tensor]:
         """The gradients of rows since the last ``reassign`` or ``zero_grad``, as ``straight_through=True`` keeps them.
+
+        They add up over steps: ``zero_grad`` of an optimizer, or of a model around this module, leaves them.
 
         Returns
         -------
