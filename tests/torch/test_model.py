@@ -343,7 +343,14 @@ def test_decoded_rows_are_kept_on_request_and_follow_the_table(ids: Tensor) -> N
     with torch.no_grad():
         other.words.weight.mul_(3)
     compress_(other, **INT4)
-    for change in (lambda: None, model.double, model.float, lambda: model.load_state_dict(other.state_dict())):
+    for change in (
+        lambda: None,
+        model.double,
+        model.float,
+        lambda: model.load_state_dict(other.state_dict()),
+        lambda: model.words.reassign(target=-model.words.weight),
+        lambda: model.words.reassign(target=-model.words.weight),  # now in the codes that the first one made
+    ):
         change()
         own = hidden.to(model.words.dtype)
         torch.testing.assert_close(model.head(own), F.linear(own, model.words.weight, model.head.bias))

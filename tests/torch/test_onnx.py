@@ -405,3 +405,34 @@ def test_rotations_of_any_width(tmp_path: Path) -> None:
         export(embedding, (ids,), tmp_path / "model.onnx", dynamo=False)
         found, expected = run(tmp_path / "model.onnx", ids), embedding(ids)
         assert float((found - expected).norm(dim=-1).max() / expected.norm(dim=-1).max()) < 4e-7 * math.sqrt(dim)
+
+
+class Scaled(nn.Embedding):
+    """As the word embeddings of some language models."""
+
+    embed_scale = 3.0
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return super().forward(input) * self.embed_scale
+
+
+@both_exporters
+def test_scaled_embeddings_are_exported_with_their_factor(dynamo: bool, tmp_path: Path) -> None:
+    model = nn.Sequential(Scaled(N_ROWS, DIM))
+    vqrs.torch.compress_(model, method="scalar", dtype="int8", min_rows=1)
+    assert type(model[0]) is vqrs.torch.ScaledEmbedding
+    ids = torch.randint(N_ROWS, (2, 5))
+    export(model, (ids,), tmp_path / "model.onnx", dynamo)
+    torch.testing.assert_close(run(tmp_path / "model.onnx", ids), model(ids))
+
+
+class Shifted(vqrs.torch.Embedding):
+    def forward(self, input: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        return super().forward(input) + 1
+
+
+def test_a_forward_that_is_not_known_is_refused(tmp_path: Path) -> None:
+    model = Shifted(N_ROWS, DIM, method="scalar", dtype="int8")
+    with pytest.raises(ValueError, match="Shifted has a forward of its own"):
+        vqrs.torch.onnx.export(model, (torch.tensor([1]),), tmp_path / "model.onnx")
+    assert type(model) is Shifted

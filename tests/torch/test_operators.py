@@ -355,3 +355,62 @@ def test_packages_compiled_ahead_of_time_load_in_another_process(tmp_path: Path)
     torch._inductor.aoti_compile_and_package(exported(model), package_path=str(path))
     errors = run_loaded(path, model, tmp_path)
     assert "is out of range for a table of 60 rows" in errors
+
+
+def test_other_tensors_at_the_same_address_are_not_taken_for_those_of_before() -> None:
+    embedding = vqrs.torch.Embedding.from_table(vqrs.compress(ROWS, **COMPRESSIONS["levels of columns"]))
+    codes, tensors, text = embedding._reads()
+    expected = embedding(IDS)
+    for factor in (1.0, 2.0, 4.0, 8.0, 16.0):  # each scaled tensor is freed, and its memory used again
+        rows = OPERATORS.lookup(IDS, codes, [tensor * factor for tensor in tensors], text, torch.float32, -1)
+        torch.testing.assert_close(rows, expected * factor)
+
+
+def test_outputs_that_autograd_saved_are_not_overwritten_unseen() -> None:
+    embedding = vqrs.torch.Embedding.from_table(vqrs.compress(ROWS, **COMPRESSIONS["books"]))
+    out, layer = torch.empty(2, 3, DIM), nn.Linear(DIM, 2)
+    loss = layer(embedding(IDS, out=out)).sum()
+    embedding(IDS + 0, out=out)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_outputs_share_no_memory_with_what_is_read() -> None:
+    table = vqrs.compress(ROWS, **COMPRESSIONS["books"])
+    embedding = vqrs.torch.Embedding.from_table(table)
+    bag = vqrs.torch.EmbeddingBag.from_table(table, mode="sum")
+    memory = torch.zeros(100 * DIM)
+    ids = memory.view(torch.int32)[-100:]
+    with pytest.raises(ValueError, match="out shares memory"):
+        embedding(ids, out=memory.view(100, DIM))
+    weights = memory[:100].view(100, 1)
+    with pytest.raises(ValueError, match="out shares memory"):
+        bag(torch.zeros(100, 1, dtype=torch.int64), per_sample_weights=weights, out=memory.view(100, DIM))
+    apart = torch.zeros(200 * DIM)
+    assert embedding(apart.view(torch.int32)[:100], out=apart[100 * DIM :].view(100, DIM)).shape == (100, DIM)
+
+
+@pytest.mark.parametrize("trainable", [False, True])
+@pytest.mark.parametrize("padding_idx", [None, 3])
+@pytest.mark.parametrize("offsets", [[0, 5, 3], [0, -1, 4], [1, 2], [0, 7], []])
+def test_offsets_that_do_not_fit_are_refused(trainable: bool, padding_idx: int | None, offsets: list[int]) -> None:
+    """Torch's own embedding bag reads memory that is not its own with some of them."""
+    table = vqrs.compress(ROWS, **COMPRESSIONS["books"])
+    for mode in ("sum", "mean", "max"):
+        bag = vqrs.torch.EmbeddingBag.from_table(table, mode=mode, trainable=trainable, padding_idx=padding_idx)
+        with pytest.raises(ValueError, match="not falling, at most 6"):
+            bag(IDS.flatten(), torch.tensor(offsets, dtype=torch.int64))
+        assert bag(IDS.flatten()[:0], torch.tensor([], dtype=torch.int64)).shape == (0, DIM)
+
+
+def test_codes_that_are_replaced_are_read() -> None:
+    table = vqrs.compress(ROWS, **COMPRESSIONS["books"])
+    embedding = vqrs.torch.Embedding.from_table(table)
+    bag = vqrs.torch.EmbeddingBag.from_table(table, mode="sum")
+    expected = decoded(table).flip(0)
+    for module in (embedding, bag):
+        module.codes = module.codes.flip(0).clone()
+        torch.testing.assert_close(module.weight, expected)
+    torch.testing.assert_close(embedding(IDS), expected[IDS])
+    torch.testing.assert_close(bag(IDS), expected[IDS].sum(1))
+    torch.testing.assert_close(torch.compile(embedding, backend="aot_eager")(IDS), expected[IDS])

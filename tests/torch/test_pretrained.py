@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import pickle
 import subprocess
 import sys
 from collections.abc import Callable
@@ -321,6 +322,7 @@ def test_folders_of_transformers(
     assert {table._core.mapped for table in tables_of(again).values()} == {not own_saving}
     again.tie_weights()
     assert torch.equal(output_of(again, ids), expected)
+    assert torch.equal(output_of(pickle.loads(pickle.dumps(again)), ids), expected)
     again.save_pretrained(tmp_path / "again")
     assert torch.equal(output_of(load(model, tmp_path / "again"), ids), expected)
     decompress_(again)
@@ -553,3 +555,46 @@ def test_static_embeddings_are_mapped_too(tmp_path: Path) -> None:
     without = SentenceTransformer(str(tmp_path), device="cpu")
     with pytest.raises((RuntimeError, IndexError)):
         without.encode(sentences)
+
+
+def test_saving_again_leaves_tables_of_others_alone(tmp_path: Path) -> None:
+    other = vqrs.compress(np.ones((10, 4), np.float32), method="scalar", dtype="int8")
+    other.save(tmp_path / "products.vqrs.safetensors")
+    model = nn.ModuleDict({"words": nn.Embedding(300, 8)})
+    compress_(model, method="scalar", dtype="int8", min_rows=1)
+    for _ in range(2):
+        vqrs.torch.save_pretrained(model, tmp_path)
+        assert (tmp_path / "products.vqrs.safetensors").exists()
+
+
+def test_a_module_that_got_another_table_has_a_file_of_its_own(tmp_path: Path) -> None:
+    def new() -> nn.ModuleDict:
+        model = nn.ModuleDict({"rows": nn.Embedding(300, 8), "sums": nn.EmbeddingBag(300, 8)})
+        model["sums"].weight = model["rows"].weight
+        return model
+
+    models = [new(), new()]
+    for model in models:
+        compress_(model, method="scalar", dtype="int8", min_rows=1)
+    models[0]["sums"].load_state_dict(models[1]["sums"].state_dict())
+    vqrs.torch.save_pretrained(models[0], tmp_path)
+    assert (tmp_path / "sums.vqrs.safetensors").exists()
+
+
+@pytest.mark.parametrize("text", ["", "[1]", "[" * 100_000, '{"decoder": {"form": "none"}}', "{}"])
+def test_states_that_describe_no_table_are_refused(text: str) -> None:
+    model, fresh = nn.Sequential(nn.Embedding(300, 8)), nn.Sequential(nn.Embedding(300, 8))
+    compress_(model, method="scalar", dtype="int8", min_rows=1)
+    state = model.state_dict() | {"0._extra_state": torch.tensor(list(text.encode()), dtype=torch.uint8)}
+    with pytest.raises(ValueError, match="the state of 0 cannot be loaded"):
+        vqrs.torch.load_state_dict_(fresh, state)
+    assert type(fresh[0]) is nn.Embedding
+
+
+def test_a_table_of_another_shape_is_refused(transformer: Any, tmp_path: Path) -> None:
+    compress_(transformer, **INT4)
+    vqrs.torch.save_pretrained(transformer, tmp_path)
+    file, *_ = tmp_path.glob("*.vqrs.safetensors")
+    vqrs.compress(np.ones((10, 4), np.float32), method="scalar", dtype="int8").save(file)
+    with pytest.raises(ValueError, match=r"has a table of shape \(10, 4\), the model a weight of shape"):
+        vqrs.torch.from_pretrained(tmp_path)

@@ -699,3 +699,73 @@ def test_states_of_every_form_are_tensors_of_their_own(table: vqrs.Table, half: 
         )
         other.load_state_dict(safetensors.torch.load_file(tmp_path / "state.safetensors"))
         torch.testing.assert_close(other.weight, embedding.float().weight, rtol=1e-6, atol=1e-6)
+
+
+class Tied(nn.Module):
+    """Two modules of one weight that do different things, so that they stay two."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows = nn.Embedding(300, 8)
+        self.sums = nn.EmbeddingBag(300, 8, mode="sum")
+        self.sums.weight = self.rows.weight
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.rows(ids)[:, 0] + 3 * self.sums(ids)
+
+
+@pytest.mark.parametrize("trainable", [False, True])
+def test_reassign_and_distill_keep_modules_of_one_weight_together(trainable: bool, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, again = Tied(), Tied()
+    teacher = copy.deepcopy(model)
+    vqrs.torch.compress_(model, method="product", n_subvectors=4, n_bits=4, min_rows=1, trainable=trainable)
+    ids = torch.randint(300, (40, 3))
+    for change in (
+        lambda: model.rows.reassign(target=torch.randn(300, 8)),
+        lambda: model.sums.reassign(target=torch.randn(300, 8)),
+        lambda: vqrs.torch.distill(model, teacher, [ids], epochs=5),
+    ):
+        before = model.rows.weight.detach()
+        change()
+        assert not torch.equal(model.rows.weight, before)
+        assert torch.equal(model.rows.weight, model.sums.weight)
+        assert model.rows._table is model.sums._table
+    assert copy.deepcopy(model).rows._origin.modules[0] is not model.rows
+    vqrs.torch.save_pretrained(model, tmp_path)
+    vqrs.torch.from_pretrained(tmp_path, model=again)
+    torch.testing.assert_close(again(ids), model(ids), rtol=1e-2, atol=1e-2)
+
+
+def test_targets_of_averages_are_finite() -> None:
+    module = vqrs.torch.Embedding(100, 8, method="product", n_subvectors=2, n_bits=3, trainable=True)
+    averages = vqrs.torch.EMACodebooks(module)
+    before = module.weight.detach()
+    with pytest.raises(ValueError, match="NaN or infinity"):
+        averages.update(torch.arange(100), torch.full((100, 8), torch.nan), reassign=False)
+    assert torch.equal(module.weight, before)
+
+
+@every_form
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_trained_tables_of_any_dtype_can_be_stored_and_loaded(
+    table: vqrs.Table, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    embedding = vqrs.torch.Embedding.from_table(table, trainable=True).to(dtype)
+    embedding.to_table().save(tmp_path / "rows.vqrs.safetensors")
+    stored = torch.from_numpy(vqrs.open(tmp_path / "rows.vqrs.safetensors").to_numpy())
+    torch.testing.assert_close(stored, embedding.weight.detach().float(), rtol=0.05, atol=0.05)
+    for trainable in (False, True):
+        again = vqrs.torch.Embedding.from_table(table, trainable=trainable)
+        again.load_state_dict(embedding.state_dict())
+        torch.testing.assert_close(again.weight.float(), stored, rtol=0.05, atol=0.05)
+
+
+def test_straight_through_gradients_of_many_steps_take_bounded_memory() -> None:
+    module = vqrs.torch.Embedding.from_table(TABLES["books-single-float32-v1"], trainable=True, straight_through=True)
+    for step in range(100):
+        module(torch.tensor([1, 2, 1])).sum().backward()
+        assert len(module._row_gradients) <= 33, step
+    ids, gradients = module.row_gradients()
+    assert ids.tolist() == [1, 2]
+    assert gradients[:, 0].tolist() == [200, 100]

@@ -225,6 +225,7 @@ def distill(
         tuned, left = _made_trainable(tables, needed=not chosen)
         parameters = _parameters(student, tuned) | chosen
         start = best = _values(parameters)
+        stored: dict[int, vqrs.Table] = {}
         try:
             loss_before = least = measure()
             history.append({"step": 0, "training": None, "validation": least})
@@ -269,7 +270,8 @@ def distill(
         finally:
             _write(parameters, best)
             for name, table in frozen.items():
-                table = table if best is start or name in left else tables[name].to_table()
+                if best is not start and name not in left:  # modules of one table keep one
+                    table = stored.setdefault(id(table), tables[name].to_table())
                 _adopt(tables[name], table, trainable=False)
     if best_step == 0:
         warnings.warn(
@@ -503,12 +505,14 @@ def _stored(tables: Iterable[_TableModule]) -> Iterator[None]:
 def _made_trainable(tables: Mapping[str, _TableModule], needed: bool) -> tuple[list[_TableModule], list[str]]:
     """The tables, trainable, and the names of those that have nothing to train."""
     left: dict[str, ValueError] = {}
+    decoders: dict[int, Decoder] = {}
     for name, module in tables.items():
         table = module._table
         if module.trainable:
             continue
         try:
-            _adopt(module, table, trainable=True)
+            _adopt(module, table, decoders.get(id(table)), trainable=True)
+            decoders[id(table)] = module.decoder  # of all modules that read the table
         except ValueError as error:
             _adopt(module, table, trainable=False)
             left[name] = error

@@ -22,6 +22,7 @@ from vqrs.torch.forms import FORMS, Decoder, decoder_from_parts
 from vqrs.torch.operators import (
     ID_DTYPES,
     as_arrays,
+    check_offsets,
     describe,
     pool_gathered,
     read_bags,
@@ -34,6 +35,8 @@ from vqrs.torch.training import Reassignment
 __all__ = ["Embedding", "EmbeddingBag"]
 
 Self = TypeVar("Self", bound="_TableModule")
+KEPT_PASSES = 32
+"""Backward passes whose gradients of rows are kept apart: bounds the memory that they take until ``reassign``."""
 BLOCK = 65_536
 """Rows that are decoded at once where all are wanted: bounds the memory that unpacked codes take."""
 
@@ -49,7 +52,9 @@ class _TableModule(nn.Module):
     decoder: Decoder
     _output: Tensor
     # Plain attributes beside the buffers that say the same: torch finds those ten times more slowly.
+    _table: vqrs.Table
     _core: _core.Table
+    _core_codes: Tensor
     _reads_core: bool
     _row_dtype: torch.dtype
     _text: str
@@ -230,7 +235,7 @@ class _TableModule(nn.Module):
     @property
     def weight(self) -> Tensor:
         """All rows, decoded: a tensor of shape (n, d). Made anew at every read; differentiable if trainable."""
-        if self._reads_core and _is_eager(self.codes):
+        if self._reads_core and self._buffers["codes"] is self._core_codes and _is_eager(self.codes):
             return read_rows(self._core, self.embedding_dim, torch.arange(self.num_embeddings), self._row_dtype)
         blocks = torch.arange(self.num_embeddings, device=self.codes.device).split(BLOCK)
         return torch.cat([self._gather(block).to(self.dtype) for block in blocks])
@@ -329,9 +334,15 @@ class _TableModule(nn.Module):
 
     def _keep_gradient(self, ids: Tensor, rows: Tensor) -> None:
         """With ``straight_through``, note what reaches these rows in the backward pass."""
-        if self.straight_through and rows.requires_grad:
-            kept = self._row_gradients
-            rows.register_hook(lambda gradient: kept.append((ids.detach(), gradient.detach())))
+        if not (self.straight_through and rows.requires_grad):
+            return
+
+        def keep(gradient: Tensor) -> None:
+            self._row_gradients.append((ids.detach(), gradient.detach()))
+            if len(self._row_gradients) > KEPT_PASSES:
+                self._row_gradients[:] = [self.row_gradients()]
+
+        rows.register_hook(keep)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget the gradients of parameters, and those of rows that ``straight_through`` keeps."""
@@ -340,6 +351,8 @@ class _TableModule(nn.Module):
 
     def row_gradients(self) -> tuple[Tensor, Tensor]:
         """The gradients of rows since the last ``reassign`` or ``zero_grad``, as ``straight_through=True`` keeps them.
+
+        They add up over steps: ``zero_grad`` of an optimizer, or of a model around this module, leaves them.
 
         Returns
         -------
@@ -402,7 +415,8 @@ class _TableModule(nn.Module):
         Notes
         -----
         A table's file is never written: the first change makes a copy of the codes in memory, which the module then
-        owns. ``state_dict``, ``to_table`` and lookups see the new codes; tables that were made before do not change.
+        owns. ``state_dict``, ``to_table`` and lookups see the new codes, as do modules of one weight that ``compress_``
+        has given one table; tables that were made before do not change.
 
         References
         ----------
@@ -440,8 +454,13 @@ class _TableModule(nn.Module):
             raise ValueError("the target has NaN or infinity")
         tensors = {name: tensor.cpu() for name, tensor in self.decoder.stored_tensors().items()}
         codec = _core.Codec.from_parts(self._table._core.info(), as_arrays(tensors))
+        origin = self.__dict__.get("_origin")
+        tied = [one for one in origin.modules if one is not self and one._core is self._core] if origin else []
         outcome = training.reassign(self, codec, ids, target, n_jobs)
         self._row_gradients.clear()
+        self._table = vqrs.Table(self._core)  # another object: who keeps decoded rows makes them anew
+        for one in tied:
+            one._adopt(self._table, self.decoder if self.trainable and one.trainable else None)
         return outcome
 
     def _step(self, ids: Tensor | None, learning_rate: float) -> tuple[Tensor, Tensor]:
@@ -504,6 +523,7 @@ class _TableModule(nn.Module):
     def _take_note(self) -> None:
         """Keep plain copies of what every call asks."""
         self._core = self._table._core
+        self._core_codes = self.codes
         self._reads_core = not self.trainable and self.codes.is_cpu
         self._row_dtype = self._output.dtype
         self._text, self._names = describe(self._table.info()["decoder"], self.decoder)
@@ -588,7 +608,7 @@ class _TableModule(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         """All but the codes: they come back with the table, which a file's table reopens by its path."""
         buffers = {name: buffer for name, buffer in self._buffers.items() if name != "codes"}
-        state = {name: value for name, value in self.__dict__.items() if name != "_core"}
+        state = {name: value for name, value in self.__dict__.items() if name not in ("_core", "_core_codes")}
         return state | {"_buffers": buffers}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -726,7 +746,7 @@ class Embedding(_TableModule):
         ValueError
             If ``out`` cannot be filled.
         """
-        if self._reads_core and _is_eager(input):
+        if self._reads_core and self._buffers["codes"] is self._core_codes and _is_eager(input):
             return read_rows(self._core, self.embedding_dim, input, self._row_dtype, out)
         _refuse_out(out)
         self._check_ids(input)
@@ -843,7 +863,7 @@ class EmbeddingBag(_TableModule):
         TypeError
             If ids or offsets are neither int32 nor int64.
         """
-        eager = self._reads_core and _is_eager(input)
+        eager = self._reads_core and self._buffers["codes"] is self._core_codes and _is_eager(input)
         if eager and input.dim() == 2 and offsets is None and per_sample_weights is None and self.padding_idx is None:
             return read_bags(self._core, self.embedding_dim, input, None, None, self.mode, self._row_dtype, out)
         if not eager or self.padding_idx is not None or input.dtype not in ID_DTYPES:
@@ -863,6 +883,8 @@ class EmbeddingBag(_TableModule):
                 ids, offsets, weights, codes, tensors, text, self.mode, self.dtype, padding
             )
             return pooled
+        if _is_eager(ids) and _is_eager(offsets):
+            check_offsets(offsets, len(ids))
         rows = self._gather(ids)
         return pool_gathered(rows, ids, offsets, weights, self.mode, self.padding_idx).to(self.dtype)
 

@@ -428,6 +428,8 @@ class LinearDecoder(Decoder):
         """Tensors of the decoder inside, the mean, and the rotation in its stored type."""
         stored = {f"inner.{name}": value for name, value in self.inner.stored_tensors().items()}
         own = {name: tensor.detach() for name, tensor in self._own_tensors()}
+        if self.trainable:
+            own = {name: tensor.float() for name, tensor in own.items()}  # after half() and double() too
         if self.trainable and "rotation" in own:
             dtype = self.rotation_kind["dtype"]
             if dtype == "int8":
@@ -890,7 +892,7 @@ def _with_children(decoder: Decoder, **children: nn.Module) -> Decoder:
     return copied
 
 
-@functools.cache
+@functools.lru_cache(maxsize=64)
 def _signs_of(dim: int, seed: int, passes: int) -> Tensor:
     return torch.tensor([[random_sign(seed, turn * dim + place) for place in range(dim)] for turn in range(passes)])
 

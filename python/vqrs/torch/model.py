@@ -591,6 +591,12 @@ class _Origin:
     requires_grad: bool = True
     weight: nn.Parameter | None = None
     """Kept on request."""
+    modules: list[_TableModule] = field(default_factory=list)
+    """Those modules: what changes the table of one changes it for all."""
+
+    def add(self, module: _TableModule) -> None:
+        module.__dict__["_origin"] = self
+        self.modules.append(module)
 
 
 @dataclass(eq=False)
@@ -667,7 +673,7 @@ class _Weight:
                 new = _compressed(module, self.table, trainable)
                 if trainable and found:
                     new.decoder = found[0][1].decoder  # type: ignore[assignment]  # one set of parameters
-                new.__dict__["_origin"] = origin
+                origin.add(new)
                 found.append((module, new))
         except ValueError as error:
             raise ValueError(f"{self.name}: {error}") from error

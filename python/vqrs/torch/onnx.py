@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vqrs.torch.embedding import Embedding, EmbeddingBag, _TableModule
+from vqrs.torch.model import ScaledEmbedding
 
 __all__ = ["export", "exportable"]
 
@@ -93,12 +94,15 @@ def exportable(model: nn.Module) -> Iterator[nn.Module]:
     2
     """
     modules = [module for module in model.modules() if isinstance(module, _TableModule)]
+    for module in modules:
+        if type(module).forward not in _GATHERED:
+            raise ValueError(f"{type(module).__name__} has a forward of its own, which cannot be exported to ONNX")
     lifted = [module.decoder.lifted(module.codes) for module in modules]
     held = [(module, type(module), module.decoder, module.codes) for module in modules]
     try:
         for module, (decoder, codes) in zip(modules, lifted, strict=True):
             module.decoder, module.codes = decoder.to(codes.device), codes
-            module.__class__ = _GatheredBag if isinstance(module, EmbeddingBag) else _Gathered
+            module.__class__ = _GATHERED[type(module).forward]
         yield model
     finally:
         for module, kind, old_decoder, old_codes in held:
@@ -120,6 +124,17 @@ class _Gathered(Embedding):
         """As that of ``Embedding``."""
         rows = _rows(self, input.reshape(-1)).to(self.dtype)
         return rows.reshape(*input.shape, self.embedding_dim)
+
+
+class _GatheredScaled(_Gathered):
+    """A scaled embedding while it is exported."""
+
+    embed_scale: float | Tensor
+
+    def forward(self, input: Tensor) -> Tensor:  # type: ignore[override]
+        """As that of ``ScaledEmbedding``."""
+        rows, scale = super().forward(input), self.embed_scale
+        return rows * (scale.to(rows.dtype) if isinstance(scale, Tensor) else scale)
 
 
 class _GatheredBag(EmbeddingBag):
@@ -148,3 +163,11 @@ class _GatheredBag(EmbeddingBag):
         if self.mode == "mean":
             total = total / (input.shape[1] if kept is None else kept.sum(1).clamp(min=1))
         return total.to(self.dtype)
+
+
+_GATHERED: dict[Any, type[_TableModule]] = {
+    Embedding.forward: _Gathered,
+    ScaledEmbedding.forward: _GatheredScaled,
+    EmbeddingBag.forward: _GatheredBag,
+}
+"""By the way in which a module looks up."""

@@ -78,7 +78,7 @@ def read_rows(table: _core.Table, dim: int, ids: Tensor, dtype: torch.dtype, out
             return read_rows(table, dim, ids, torch.float32).to(dtype)
         out = _fresh(ids, (*ids.shape, dim), dtype)
     else:
-        name = _checked_out(out, (*ids.shape, dim))
+        name = _checked_out(out, (*ids.shape, dim), ids)
     count = ids.numel()
     table.lookup_at(ids.data_ptr(), count, ids_dtype is torch.int64, out.data_ptr(), name, torch.get_num_threads())
     return out
@@ -141,7 +141,7 @@ def read_bags(
             return read_bags(table, dim, ids, offsets, weights, mode, torch.float32).to(dtype)
         out = _fresh(ids, (n_bags, dim), dtype)
     else:
-        name = _checked_out(out, (n_bags, dim))
+        name = _checked_out(out, (n_bags, dim), ids, offsets, weights)
     table.pool_at(
         ids.data_ptr(),
         count,
@@ -171,8 +171,8 @@ def _fresh(ids: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     return torch.from_numpy(memory[begin : begin + n_bytes]).view(dtype).view(shape)
 
 
-def _checked_out(out: Tensor, shape: tuple[int, ...]) -> str:
-    """The name of the dtype of a tensor to fill, once it is one that can be filled."""
+def _checked_out(out: Tensor, shape: tuple[int, ...], *inputs: Tensor | None) -> str:
+    """The name of the dtype of a tensor to fill, once it is one that can be filled, and is marked as changed."""
     name = _DIRECT.get(out.dtype)
     if name is None or out.shape != shape or not out.is_cpu or not out.is_contiguous() or out.requires_grad:
         found = f"{out.dtype} of shape {tuple(out.shape)} and strides {out.stride()} on {out.device}"
@@ -180,6 +180,12 @@ def _checked_out(out: Tensor, shape: tuple[int, ...]) -> str:
             f"out is {found}{', which requires a gradient' if out.requires_grad else ''}; expected a contiguous CPU "
             f"tensor of shape {tuple(shape)} and float32, float16 or bfloat16, without a gradient"
         )
+    first, last = out.data_ptr(), out.data_ptr() + out.nbytes
+    for tensor in inputs:
+        if tensor is not None and tensor.data_ptr() < last and first < tensor.data_ptr() + tensor.nbytes:
+            raise ValueError("out shares memory with the ids, offsets or weights: give it memory of its own")
+    if not out.is_inference():  # autograd must not take the new values for those that it has saved
+        torch.autograd.graph.increment_version(out)
     return name
 
 
@@ -273,6 +279,8 @@ class _Known(NamedTuple):
     decoder: str
     stamp: list[int]
     table: _core.Table
+    held: list[Tensor]
+    """The decoder's tensors: as long as their memory is theirs, no others have the same stamp."""
 
 
 _TABLES: dict[int, _Known] = {}
@@ -283,7 +291,7 @@ def remember(codes: Tensor, tensors: Sequence[Tensor], decoder: str, table: _cor
     """Let operators on these tensors read the table that they came from, with its checks of the file."""
     key = id(codes)
     gone = weakref.ref(codes, lambda reference: _forget(key, reference))
-    _TABLES[key] = _Known(gone, decoder, _stamp(codes, tensors), table)
+    _TABLES[key] = _Known(gone, decoder, _stamp(codes, tensors), table, [tensor.detach() for tensor in tensors])
 
 
 def _forget(key: int, reference: weakref.ref[Tensor]) -> None:
@@ -293,9 +301,9 @@ def _forget(key: int, reference: weakref.ref[Tensor]) -> None:
 
 def _stamp(codes: Tensor, tensors: Sequence[Tensor]) -> list[int]:
     """Tells whether tensors are those of before, with the values of before."""
-    stamp = [codes.data_ptr(), codes.numel()]
+    stamp: list[int] = []
     for tensor in (codes, *tensors):
-        stamp.append(tensor.data_ptr())
+        stamp += tensor.data_ptr(), tensor.numel(), *tensor.stride()
         stamp.append(-1 if tensor.is_inference() else tensor._version)
     return stamp
 
@@ -382,16 +390,26 @@ def _pool_cpu(
 ) -> Tensor:
     plan = _plan(decoder)
     if plan.trainable:
+        check_offsets(offsets, len(ids))
         return _pool_gathered(ids, offsets, per_sample_weights, codes, tensors, decoder, mode, dtype, padding_idx)
     if padding_idx >= 0:
         ids, offsets, per_sample_weights = without_padding(ids, offsets, per_sample_weights, padding_idx)
     return read_bags(_table(codes, tensors, decoder), plan.dim, ids, offsets, per_sample_weights, mode, dtype)
 
 
+def check_offsets(offsets: Tensor, n_ids: int) -> None:
+    """Refuse what the core refuses: with some of it torch's own embedding bag reads memory that is not its own."""
+    if len(offsets) == 0 and n_ids == 0:
+        return
+    if len(offsets) == 0 or offsets[0] != 0 or offsets[-1] > n_ids or bool((offsets.diff() < 0).any()):
+        raise ValueError(f"offsets must be numbers from 0, one for each bag, not falling, at most {n_ids}")
+
+
 def without_padding(
     ids: Tensor, offsets: Tensor, weights: Tensor | None, padding_idx: int
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Ids, offsets and weights of the same bags with the padding left out."""
+    check_offsets(offsets, len(ids))
     kept = ids != padding_idx
     offsets = F.pad(kept.cumsum(0), (1, 0))[offsets]
     return ids[kept], offsets, None if weights is None else weights[kept]

@@ -7,6 +7,7 @@ A table stays a file of its own beside ``config.json``, from which it is mapped.
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import re
@@ -227,7 +228,10 @@ def load_state_dict_(model: M, state_dict: Mapping[str, Any], strict: bool = Tru
     states = _table_states(state_dict)
 
     def make(name: str) -> _TableModule:
-        return _module_of_state(states[name], _trainable_state(states[name]))
+        try:
+            return _module_of_state(states[name], _trainable_state(states[name]))
+        except (ValueError, TypeError, LookupError, AttributeError, RuntimeError) as error:
+            raise ValueError(f"the state of {name} cannot be loaded: {error}") from error
 
     known = {name for name, module in model.named_modules(remove_duplicate=False) if isinstance(module, _TableModule)}
     _exchange(model, _table_exchanges(model, set(states) - known, make))
@@ -273,7 +277,7 @@ def _described(model: nn.Module) -> dict[str, dict[str, Any]]:
     names: dict[int, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         names.setdefault(id(module), []).append(name)
-    origins: dict[int, str] = {}
+    origins: dict[tuple[int, int], str] = {}
     found: dict[str, dict[str, Any]] = {}
     for name, module in compressed_modules(model):
         heads = [
@@ -282,11 +286,12 @@ def _described(model: nn.Module) -> dict[str, dict[str, Any]]:
             if isinstance(head, TiedLinear) and head.embedding is module
             for place in names[id(head)]
         ]
-        origin = module.__dict__.get("_origin", module)
+        # A module that has got another table since is not tied any more.
+        origin = id(module.__dict__.get("_origin", module)), id(module._core)
         about: dict[str, Any] = {"class": _class_name(module), "arguments": _arguments(module)}
-        if id(origin) in origins:
-            about["table_of"] = origins[id(origin)]
-        origins.setdefault(id(origin), name)
+        if origin in origins:
+            about["table_of"] = origins[origin]
+        origins.setdefault(origin, name)
         if len(names[id(module)]) > 1:
             about["names"] = names[id(module)][1:]
         found[name] = about | ({"heads": heads} if heads else {})
@@ -324,6 +329,7 @@ def _made(about: Mapping[str, Any], table: vqrs.Table, device: Any, dtype: torch
 def _write_tables(model: nn.Module, folder: Path, described: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """Save the tables; the descriptions with the names of their files."""
     folder.mkdir(parents=True, exist_ok=True)
+    before = _files_of(folder)
     found = {}
     for name, about in described.items():
         own = dict(about)
@@ -333,9 +339,21 @@ def _write_tables(model: nn.Module, folder: Path, described: Mapping[str, dict[s
             module.to_table().save(folder / own["file"])
         found[name] = own
     kept = {about.get("file") for about in found.values()}
-    for path in folder.glob(f"*{SUFFIX}"):  # of a model that was saved here before
-        if path.name not in kept:
-            path.unlink()
+    for file in before - kept:  # of a model that was saved here before
+        (folder / file).unlink(missing_ok=True)
+    return found
+
+
+def _files_of(folder: Path) -> set[str]:
+    """The table files that the descriptions in a folder name; others there are not ours."""
+    found: set[str] = set()
+    for name in (INDEX, "config.json"):
+        try:
+            said = json.loads((folder / name).read_text(encoding="utf-8"))
+            described = (said if name == INDEX else said["quantization_config"])["tables"]
+            found |= {file for one in described if (file := _file_of(described, one)) is not None}
+        except (OSError, ValueError, LookupError, TypeError, AttributeError):  # none, or not of ours
+            continue
     return found
 
 
@@ -667,6 +685,7 @@ class _Place(nn.Module):
         return empty
 
 
+@functools.cache
 def _transformers_classes() -> tuple[Any, Any]:
     """Our config and loader in the terms of transformers, which is imported only when it is used."""
     from transformers.quantizers.base import HfQuantizer
@@ -708,7 +727,15 @@ def _transformers_classes() -> tuple[Any, Any]:
 
             return decompress_(model)
 
+    for made in (TableConfig, TableLoader):
+        made.__qualname__ = made.__name__  # where pickle looks for them: a loaded model holds both
     return TableConfig, TableLoader
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("TableConfig", "TableLoader"):
+        return _transformers_classes()[name == "TableLoader"]
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def _clear_places(model: Any, described: Mapping[str, Any]) -> list[tuple[str, nn.Module, _Place, list[Any]]]:
@@ -773,12 +800,15 @@ def _fill_places(
     for name, old, place, heads in places:
         first = described[name].get("table_of", name)
         table = made[first][0]._table if first in made else _table_of(model, described, name, files)
+        expected = place.num_embeddings, place.embedding_dim
+        if table.shape != expected:
+            raise ValueError(f"{name} has a table of shape {table.shape}, the model a weight of shape {expected}")
         new = _made(described[name], table, place.output.device, place.output.dtype)
         if first in made and new.trainable:
             new.decoder = made[first][0].decoder
         _take_over(old, new)
         origin = made[first][1] if first in made else _Origin()
-        new.__dict__["_origin"] = origin
+        origin.add(new)
         _fill_shell(new)
         made[name] = new, origin
         for head in heads:

@@ -205,6 +205,8 @@ class EMACodebooks(nn.Module):
             return Reassignment(0, 0, 0.0, 0.0)
         module._check_targets(ids, target)
         ids, target = ids.cpu().long(), target.detach().cpu()
+        if not bool(target.isfinite().all()):
+            raise ValueError("the target has NaN or infinity")
         before = relative_error(module, ids, target)
         n_changed = module.reassign(ids, target).n_changed if reassign else 0
         if self.n_updates == 0:
