@@ -361,9 +361,9 @@ def test_other_tensors_at_the_same_address_are_not_taken_for_those_of_before() -
     embedding = vqrs.torch.Embedding.from_table(vqrs.compress(ROWS, **COMPRESSIONS["levels of columns"]))
     codes, tensors, text = embedding._reads()
     expected = embedding(IDS)
-    for factor in (1.0, 2.0, 4.0, 8.0, 16.0):  # each scaled tensor is freed, and its memory used again
+    for factor in range(1, 100):  # each scaled tensor is freed, and its memory used again
         rows = OPERATORS.lookup(IDS, codes, [tensor * factor for tensor in tensors], text, torch.float32, -1)
-        torch.testing.assert_close(rows, expected * factor)
+        torch.testing.assert_close(rows / factor, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_outputs_that_autograd_saved_are_not_overwritten_unseen() -> None:
