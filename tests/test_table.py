@@ -632,3 +632,15 @@ def test_a_folder_is_no_table(tmp_path):
 def test_shapes_that_numpy_refuses(small_table, shape):
     with pytest.raises(ValueError, match=r"too big|maximum supported dimension"):
         small_table.lookup(np.zeros(shape, np.int64))
+
+
+def test_a_pickle_does_not_take_another_table(tmp_path):
+    x = np.random.default_rng(0).standard_normal((50, 8), dtype="f4")
+    path = tmp_path / "rows.safetensors"
+    vqrs.compress(x, method="scalar").save(path)
+    table = vqrs.open(path)
+    text = pickle.dumps(table)
+    np.testing.assert_array_equal(pickle.loads(text).to_numpy(), table.to_numpy())
+    vqrs.compress(2 * x + 1, method="scalar").save(path)
+    with pytest.raises(vqrs.TableError, match="another table stands there now"):
+        pickle.loads(text)

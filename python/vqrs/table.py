@@ -537,9 +537,24 @@ class Table:
 
     def __reduce__(self) -> tuple[Any, ...]:
         if self.path is not None and not self._core.closed:
-            return open, (os.path.abspath(self.path), self._verify, "mmap" if self._core.mapped else "read")
+            mode = "mmap" if self._core.mapped else "read"
+            return _reopen, (os.path.abspath(self.path), self._verify, mode, self._core.info())
         about, tensors = self._core.info(), self._core.tensors()
         return _from_parts, (about, tensors, self.codes, json.loads(about)["errors"], self.names, self.metadata)
+
+
+def _reopen(
+    path: str, verify: Literal["header", "lazy", "full"], mode: Literal["mmap", "read"], description: str
+) -> Table:
+    """The table of a file that a pickle names, if it is still the one."""
+    table = open(path, verify, mode)
+    if table._core.info() != description:
+        table.close()
+        raise _core.TableError(
+            f"{path}: another table stands there now than when the copy or pickle was made: save to another path while "
+            "copies may still be made"
+        )
+    return table
 
 
 def _from_parts(
