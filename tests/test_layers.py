@@ -22,7 +22,12 @@ RUST_LAYERS = {
 }
 """A module uses modules of lower layers, and in layer 0 those beside it: quantizer and table do not know each other."""
 
-UNSAFE_HOMES = ["rust/core/src/kernels/", "rust/core/src/table/map.rs", "rust/py/src/array.rs"]
+UNSAFE_HOMES = [
+    "rust/core/src/kernels/",
+    "rust/core/src/table/map.rs",
+    "rust/py/src/array.rs",
+    "rust/py/src/address.rs",
+]
 
 PYTHON_LAYERS = {
     **dict.fromkeys(["_core", "reference", "metrics", "_validation", "_bytes", "_progress"], 0),
