@@ -20,7 +20,14 @@ pub use format::{Mode, Verify};
 /// Lookups below this many values stay on the calling thread: starting threads costs more than they save.
 const PARALLEL_VALUES: usize = 1 << 20;
 
-/// Rows that one task of a parallel lookup reads.
+/// Rows that one task of a parallel lookup reads: few enough for all threads to end together.
+const PARALLEL_ROWS: usize = 1024;
+
+/// Bytes of output from which several threads write past the caches. One thread writes about as much to memory as all can
+/// together, but the last cache takes more from each.
+const PARALLEL_STREAM_BYTES: usize = 16 << 20;
+
+/// Rows between two looks at cancellation, and of a task of other work.
 const TASK_ROWS: usize = 4096;
 
 /// Ids of one bag that are pooled between two looks at cancellation.
@@ -227,9 +234,10 @@ impl Table {
             return Err(Error::shape("out", format!("{} values", out.len()), expected));
         }
         self.touch_ids(ids)?;
-        let stream = out.bytes() > self.decoder.stream_bytes();
+        let parallel = wanted >= PARALLEL_VALUES && ctx.threads() > 1;
+        let stream = out.bytes() > if parallel { PARALLEL_STREAM_BYTES } else { self.decoder.stream_bytes() };
         let rows = |range: Range<usize>| Rows { codes: self.codes(), ids, range, stream };
-        if wanted < PARALLEL_VALUES || ctx.threads() == 1 {
+        if !parallel {
             for start in (0..ids.len()).step_by(TASK_ROWS) {
                 ctx.check()?;
                 let range = start..ids.len().min(start + TASK_ROWS);
@@ -237,8 +245,8 @@ impl Table {
                 self.decoder.decode_rows(&rows(range), out);
             }
         } else {
-            let starts = (0..ids.len()).step_by(TASK_ROWS);
-            let tasks = out.split(starts.map(|start| start..ids.len().min(start + TASK_ROWS)), self.dim());
+            let starts = (0..ids.len()).step_by(PARALLEL_ROWS);
+            let tasks = out.split(starts.map(|start| start..ids.len().min(start + PARALLEL_ROWS)), self.dim());
             ctx.each(tasks, |(range, out)| {
                 self.decoder.decode_rows(&rows(range), out);
                 Ok(())
