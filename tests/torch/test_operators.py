@@ -231,6 +231,17 @@ def test_offsets_must_be_integers() -> None:
         bag(torch.tensor([1, 2]), torch.tensor([0.0]))
 
 
+def test_threads_of_torch_bound_those_of_a_call() -> None:
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            assert operators._threads(operators._ALONE + 1) == threads
+            assert operators._threads(operators._ALONE) == 1
+    finally:
+        torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize("transform", ["vmap", "fake", "make_fx", "meta device"])
 def test_modes_of_torch_see_the_call(transform: str) -> None:
     table = vqrs.compress(ROWS, method="product", n_subvectors=5, n_bits=3)

@@ -80,7 +80,7 @@ def read_rows(table: _core.Table, dim: int, ids: Tensor, dtype: torch.dtype, out
     else:
         name = _checked_out(out, (*ids.shape, dim), ids)
     count = ids.numel()
-    table.lookup_at(ids.data_ptr(), count, ids_dtype is torch.int64, out.data_ptr(), name, torch.get_num_threads())
+    table.lookup_at(ids.data_ptr(), count, ids_dtype is torch.int64, out.data_ptr(), name, _threads(count * dim))
     return out
 
 
@@ -152,7 +152,7 @@ def read_bags(
         mode,
         out.data_ptr(),
         name,
-        torch.get_num_threads(),
+        _threads(count * dim),
     )
     return out
 
@@ -169,6 +169,17 @@ def _fresh(ids: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     memory = np.empty(n_bytes + 64, np.uint8)
     begin = -memory.ctypes.data % 64
     return torch.from_numpy(memory[begin : begin + n_bytes]).view(dtype).view(shape)
+
+
+_ALONE = 1 << 22
+"""Values up to which the calling thread works alone, for half a millisecond or so."""
+
+
+def _threads(values: int) -> int:
+    """Threads for a call. torch's spin for some milliseconds after each of its operators, and ours have to wait for the
+    cores that those hold: a short call ends sooner without them.
+    """
+    return 1 if values <= _ALONE else torch.get_num_threads()
 
 
 def _checked_out(out: Tensor, shape: tuple[int, ...], *inputs: Tensor | None) -> str:
