@@ -16,7 +16,7 @@ import vqrs
 import vqrs.torch
 from vqrs.torch import CompressionReport, Embedding, EmbeddingBag, ScaledEmbedding, TiedLinear, compress_, decompress_
 from vqrs.torch import model as module_under_test
-from vqrs.torch.model import lower_hull, share_out
+from vqrs.torch.budget import lower_hull, share_out
 
 N, DIM = 1200, 16
 INT4 = {"method": "scalar", "dtype": "int4", "min_rows": 100, "random_state": 0}

@@ -13,15 +13,10 @@ except ModuleNotFoundError as error:
 from vqrs.torch import onnx
 from vqrs.torch.distillation import Distillation, distill, output_loss
 from vqrs.torch.embedding import Embedding, EmbeddingBag
-from vqrs.torch.model import (
-    CompressedModule,
-    CompressionReport,
-    ScaledEmbedding,
-    TiedLinear,
-    compress_,
-    decompress_,
-)
+from vqrs.torch.model import compress_, decompress_
 from vqrs.torch.pretrained import from_pretrained, load_state_dict_, register_with_transformers, save_pretrained
+from vqrs.torch.report import CompressedModule, CompressionReport
+from vqrs.torch.tied import ScaledEmbedding, TiedLinear
 from vqrs.torch.training import EMACodebooks, Reassignment
 
 __all__ = [

@@ -747,7 +747,7 @@ class Embedding(_TableModule):
             If ``out`` cannot be filled.
         """
         if self._reads_core and self._buffers["codes"] is self._core_codes and _is_eager(input):
-            return read_rows(self._core, self.embedding_dim, input, self._row_dtype, out)
+            return read_rows(self._core, self.embedding_dim, input, self._row_dtype, out, self._core_codes)
         _refuse_out(out)
         self._check_ids(input)
         if self._calls_operators():
@@ -865,7 +865,8 @@ class EmbeddingBag(_TableModule):
         """
         eager = self._reads_core and self._buffers["codes"] is self._core_codes and _is_eager(input)
         if eager and input.dim() == 2 and offsets is None and per_sample_weights is None and self.padding_idx is None:
-            return read_bags(self._core, self.embedding_dim, input, None, None, self.mode, self._row_dtype, out)
+            bags = self._core, self.embedding_dim, input, None, None
+            return read_bags(*bags, self.mode, self._row_dtype, out, self._core_codes)
         if not eager or self.padding_idx is not None or input.dtype not in ID_DTYPES:
             self._check_ids(input)  # else the core looks at them, in the same pass
         offsets = self._bag_offsets(input, offsets)
@@ -874,7 +875,8 @@ class EmbeddingBag(_TableModule):
         if eager and not differentiable:
             if self.padding_idx is not None:
                 ids, offsets, weights = without_padding(ids, offsets, weights, self.padding_idx)
-            return read_bags(self._core, self.embedding_dim, ids, offsets, weights, self.mode, self._row_dtype, out)
+            bags = self._core, self.embedding_dim, ids, offsets, weights
+            return read_bags(*bags, self.mode, self._row_dtype, out, self._core_codes)
         _refuse_out(out)
         if eager or self._calls_operators():
             codes, tensors, text = self._reads()

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import copy
 import fnmatch
-import html
 import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any, Literal, TypeVar, overload
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -21,33 +20,29 @@ import torch.nn.functional as F
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
-from torch.utils.checkpoint import checkpoint
 
 import vqrs
 from vqrs import _core
-from vqrs._bytes import format_bytes, parse_bytes
+from vqrs._bytes import parse_bytes
 from vqrs._compress import read_effort, read_method
 from vqrs._ladders import FAST, families_for
 from vqrs._progress import printed_progress
 from vqrs._search import EFFORTS, Search
 from vqrs._validation import RandomState, as_jobs, as_seed, as_weights
+from vqrs.torch.budget import lower_hull, share_out
 from vqrs.torch.embedding import Embedding, EmbeddingBag, _TableModule
+from vqrs.torch.report import CompressedModule, CompressionReport
+from vqrs.torch.tied import ScaledEmbedding, TiedLinear
 
-__all__ = ["CompressedModule", "CompressionReport", "ScaledEmbedding", "TiedLinear", "compress_", "decompress_"]
+__all__ = ["compress_", "decompress_"]
 
 M = TypeVar("M", bound=nn.Module)
 
 MIN_ROWS = 4096
 """Smaller tables (positions, token types) are a small share of a model, and their codebooks a large one of theirs."""
 
-BLOCK_VALUES = 1 << 24
-"""Values of a tied weight that are decoded at once."""
-
 CURVE_POINTS = 7
 """Sizes at which the error of a table is estimated before bytes are shared out."""
-
-STEPS = 512
-"""Of a curve, between which bytes are shared out."""
 
 _HOOKS = (
     "_forward_hooks",
@@ -58,323 +53,6 @@ _HOOKS = (
     "_backward_hooks",
     "_backward_pre_hooks",
 )
-
-
-# ---- what is put into a model --------------------------------------------------------------------------------------
-
-
-class ScaledEmbedding(Embedding):
-    """An embedding whose rows are multiplied by a factor after the lookup, as the word embeddings of some language
-    models are (BART, Gemma). The table holds the rows without it, as an output layer tied to them needs.
-
-    Parameters
-    ----------
-    *arguments, **keywords
-        Those of :class:`Embedding`.
-    embed_scale : float or tensor, default=1.0
-        The factor. A tensor is a buffer that ``state_dict`` leaves out.
-
-    Examples
-    --------
-    >>> import torch, vqrs.torch
-    >>> weight = torch.eye(4)
-    >>> table = vqrs.compress(weight, method="scalar", dtype="float16")
-    >>> vqrs.torch.ScaledEmbedding.from_table(table, embed_scale=3.0)(torch.tensor([1]))
-    tensor([[0., 3., 0., 0.]])
-    """
-
-    def __init__(self, *arguments: Any, embed_scale: float | Tensor = 1.0, **keywords: Any) -> None:
-        super().__init__(*arguments, **keywords)
-        if isinstance(embed_scale, Tensor):
-            self.register_buffer("embed_scale", embed_scale.detach().clone(), persistent=False)
-        else:
-            self.embed_scale = embed_scale
-
-    def forward(self, input: Tensor, *, out: Tensor | None = None) -> Tensor:
-        """Look rows up and scale them; see :meth:`Embedding.forward`."""
-        rows = super().forward(input, out=out)
-        scale = self.embed_scale.to(rows.dtype) if isinstance(self.embed_scale, Tensor) else self.embed_scale
-        return rows * scale if out is None else rows.mul_(scale)
-
-    def extra_repr(self) -> str:
-        """What printing an :class:`Embedding` shows, and the factor."""
-        return f"{super().extra_repr()}, embed_scale={float(self.embed_scale):g}"
-
-
-class TiedLinear(nn.Module):
-    """An output layer that reads the table of an embedding: ``input @ embedding.weight.T + bias``.
-
-    It takes the place of a ``torch.nn.Linear`` whose weight is that of an embedding, and keeps no rows of its own: they
-    are decoded in blocks of at most 64 MiB (in float32), and again for gradients. The embedding is not one of its
-    submodules, so that ``state_dict`` holds the table once.
-
-    Parameters
-    ----------
-    embedding : Embedding or EmbeddingBag
-        Whose table to read, without the factor that a :class:`ScaledEmbedding` has.
-    bias : torch.nn.Parameter of shape (num_embeddings,), optional
-
-    Attributes
-    ----------
-    weight : tensor of shape (num_embeddings, embedding_dim)
-        The decoded table, made anew at every read.
-    in_features, out_features : int
-        As of ``torch.nn.Linear``: columns and rows of the table.
-    keep_decoded : bool
-        False. Set it to keep the decoded rows of a frozen table in memory from the first call on: with few inputs at a
-        time, as in generation, the layer is then as fast as torch's own, and as large.
-
-    Examples
-    --------
-    >>> import torch, vqrs.torch
-    >>> embedding = vqrs.torch.Embedding.from_pretrained(torch.eye(4), method="scalar", dtype="float16")
-    >>> vqrs.torch.TiedLinear(embedding)(torch.tensor([[1.0, 2.0, 3.0, 4.0]]))
-    tensor([[1., 2., 3., 4.]])
-    """
-
-    def __init__(self, embedding: Embedding | EmbeddingBag, bias: nn.Parameter | None = None) -> None:
-        super().__init__()
-        self._held = (embedding,)  # in a tuple torch does not take it for a submodule
-        self.keep_decoded = False
-        self.register_parameter("bias", bias)
-
-    @property
-    def embedding(self) -> Embedding | EmbeddingBag:
-        """The embedding whose table this layer reads."""
-        return self._held[0]
-
-    @property
-    def weight(self) -> Tensor:
-        """The decoded table, of shape (num_embeddings, embedding_dim)."""
-        return self.embedding.weight
-
-    @property
-    def in_features(self) -> int:
-        """Columns of the table."""
-        return self.embedding.embedding_dim
-
-    @property
-    def out_features(self) -> int:
-        """Rows of the table."""
-        return self.embedding.num_embeddings
-
-    def forward(self, input: Tensor) -> Tensor:
-        """Multiply by all rows.
-
-        Parameters
-        ----------
-        input : tensor of shape (*, in_features)
-
-        Returns
-        -------
-        Tensor of shape (*, out_features)
-        """
-        if self.keep_decoded and not self.embedding.trainable and not torch.compiler.is_compiling():
-            return F.linear(input, self._kept_weight(), self.bias)
-        differentiable = torch.is_grad_enabled() and (input.requires_grad or self.embedding.trainable)
-        # Autograd would keep every decoded block; a compiler decides by itself what it computes twice.
-        if not differentiable or torch.compiler.is_compiling():
-            blocks = [self._block(input, *block) for block in self._blocks()]
-        else:
-            blocks = [
-                checkpoint(self._block, input, *block, use_reentrant=False, preserve_rng_state=False)
-                for block in self._blocks()
-            ]
-        return blocks[0] if len(blocks) == 1 else torch.cat(blocks, -1)
-
-    def _kept_weight(self) -> Tensor:
-        """The decoded rows, made again where the embedding has another table, dtype or device than before."""
-        embedding = self.embedding
-        made_of = embedding._table, embedding.dtype, embedding.codes.device
-        kept: tuple[Any, Tensor] | None = self.__dict__.get("_kept")
-        if kept is None or kept[0] != made_of:
-            kept = self.__dict__["_kept"] = made_of, embedding.weight
-        return kept[1]
-
-    def __getstate__(self) -> dict[str, Any]:
-        """All but the decoded rows."""
-        return {name: value for name, value in self.__dict__.items() if name != "_kept"}
-
-    def _blocks(self) -> list[tuple[int, int]]:
-        n_rows, size = self.out_features, max(1, BLOCK_VALUES // self.in_features)
-        return [(start, min(start + size, n_rows)) for start in range(0, n_rows, size)]
-
-    def _block(self, input: Tensor, start: int, stop: int) -> Tensor:
-        rows = _decoded_rows(self.embedding, start, stop)
-        return F.linear(input, rows, None if self.bias is None else self.bias[start:stop])
-
-    def _load_from_state_dict(self, state_dict: Any, prefix: str, *arguments: Any) -> None:
-        """The bias alone: the weight of a plain model's state is the embedding's to load."""
-        own = {key: value for key, value in state_dict.items() if key != f"{prefix}weight"}
-        super()._load_from_state_dict(own, prefix, *arguments)
-
-    def extra_repr(self) -> str:
-        """Sizes, as ``torch.nn.Linear`` shows them."""
-        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
-
-
-def _decoded_rows(module: Any, start: int, stop: int) -> Tensor:
-    """Rows from ``start`` up to ``stop`` of a module's table, as ``weight`` has them."""
-    ids = torch.arange(start, stop, device=module.codes.device)
-    if not module.trainable:
-        return Embedding.forward(module, ids)  # of bags and scaled rows too
-    # Not by forward: a row that lookups treat as padding is an output like the others.
-    codes = F.embedding(ids, module.codes) if module.decoder.rows_apart else module.codes
-    rows: Tensor = module.decoder(codes, ids)
-    return rows.to(module.dtype)
-
-
-# ---- what is told about it -----------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class CompressedModule:
-    """What became of one embedding weight: a row of a :class:`CompressionReport`.
-
-    Attributes
-    ----------
-    name : str
-        The first module that looks up in it.
-    tied : tuple of str
-        Other names of this module and other modules with the same weight: they read the same table.
-    shape : tuple of int
-        Rows and columns.
-    kind : str or None
-        The quantizer; None if skipped.
-    parameters : dict
-        Its parameters.
-    nbytes_before, nbytes : int
-        Bytes of the weight in its own dtype, and of the table with all that its file holds.
-    ratio : float
-        Bytes of the rows in float32 over ``nbytes``, as everywhere in vqrs; 1 if skipped.
-    relative_error : float
-        Squared error over squared norm, weighted by the frequencies if some were given; 0 if skipped.
-    skipped : str or None
-        Why it was left alone.
-
-    Examples
-    --------
-    >>> import torch, vqrs.torch
-    >>> model = torch.nn.ModuleDict({"words": torch.nn.Embedding(5000, 16), "places": torch.nn.Embedding(8, 16)})
-    >>> words, places = vqrs.torch.compress_(model, method="scalar", dtype="int8", dry_run=True)
-    >>> words.nbytes_before, words.kind, words.skipped
-    (320000, 'scalar', None)
-    >>> places.skipped
-    '8 rows, fewer than min_rows=4,096'
-    """
-
-    name: str
-    tied: tuple[str, ...]
-    shape: tuple[int, ...]
-    kind: str | None
-    parameters: dict[str, Any]
-    nbytes_before: int
-    nbytes: int
-    ratio: float
-    relative_error: float
-    skipped: str | None = None
-
-
-class CompressionReport(Sequence[CompressedModule]):
-    """What :func:`compress_` did: a row for each embedding weight of the model, those left alone at the end.
-
-    It prints as a table. A row is found by its number or by a name of its module.
-
-    Attributes
-    ----------
-    rows : list of CompressedModule
-    nbytes_before, nbytes : int
-        Of all weights that were compressed, each counted once.
-    ratio : float
-        Their bytes in float32 over ``nbytes``.
-    relative_error : float
-        Their squared error over their squared norm, weighted by the frequencies if some were given.
-    dry_run : bool
-        Whether the model was left alone.
-
-    Examples
-    --------
-    >>> import torch, vqrs.torch
-    >>> model = torch.nn.Sequential(torch.nn.Embedding(5000, 16), torch.nn.Linear(16, 2))
-    >>> report = vqrs.torch.compress_(model, method="scalar", dtype="int8", dry_run=True)
-    >>> report["0"].kind, report["0"].nbytes < 320_000 / 3, len(report)
-    ('scalar', True, 1)
-    """
-
-    def __init__(self, rows: Sequence[CompressedModule], energies: Sequence[float], dry_run: bool) -> None:
-        self.rows = list(rows)
-        self.dry_run = dry_run
-        done = [row for row in self.rows if row.skipped is None]
-        self.nbytes_before = sum(row.nbytes_before for row in done)
-        self.nbytes = sum(row.nbytes for row in done)
-        values = sum(math.prod(row.shape) for row in done)
-        self.ratio = 4 * values / self.nbytes if done else 1.0
-        error = sum(row.relative_error * energy for row, energy in zip(done, energies, strict=True))
-        self.relative_error = error / sum(energies) if error else 0.0
-
-    @overload
-    def __getitem__(self, index: int | str) -> CompressedModule: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[CompressedModule]: ...
-    def __getitem__(self, index: int | str | slice) -> CompressedModule | list[CompressedModule]:
-        """A row by its number, or by a name of its module."""
-        if not isinstance(index, str):
-            return self.rows[index]
-        for row in self.rows:
-            if index == row.name or index in row.tied:
-                return row
-        raise KeyError(f"no embedding is named {index!r}: there are {', '.join(row.name for row in self.rows)}")
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Everything, ready for JSON.
-
-        Returns
-        -------
-        dict
-            ``modules`` (one dict a row) and the totals.
-        """
-        totals = {name: getattr(self, name) for name in ("nbytes_before", "nbytes", "ratio", "relative_error")}
-        modules = [asdict(row) | {"tied": list(row.tied), "shape": list(row.shape)} for row in self.rows]
-        return {"modules": modules, **totals, "dry_run": self.dry_run}
-
-    def lines(self) -> list[list[str]]:
-        """Rows of texts below a head, as they are printed, and the total."""
-        head = ["module", "shape", "kind", "before", "after", "ratio", "error", ""]
-        found = [head, *map(_line, self.rows)]
-        if self.nbytes:
-            total = [format_bytes(self.nbytes_before), format_bytes(self.nbytes), f"{self.ratio:.2f}"]
-            found.append(["total", "", "", *total, f"{self.relative_error:.4g}", ""])
-        return found
-
-    def __repr__(self) -> str:
-        lines = self.lines()
-        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-        texts = ("  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)) for line in lines)
-        return "\n".join([self._title(), *(text.rstrip() for text in texts)])
-
-    def _repr_html_(self) -> str:
-        head, *body = (
-            "".join(f"<{tag}>{html.escape(text)}</{tag}>" for text in line)
-            for tag, line in zip(["th", *["td"] * len(self.lines())], self.lines(), strict=False)
-        )
-        rows = "".join(f"<tr>{line}</tr>" for line in [head, *body])
-        return f"<table><caption>{html.escape(self._title())}</caption>{rows}</table>"
-
-    def _title(self) -> str:
-        done = sum(row.skipped is None for row in self.rows)
-        return f"CompressionReport: {done} of {len(self.rows)} embeddings" + (" (dry run)" if self.dry_run else "")
-
-
-def _line(row: CompressedModule) -> list[str]:
-    shape, before = " x ".join(f"{size:,}" for size in row.shape), format_bytes(row.nbytes_before)
-    if row.skipped is not None:
-        return [row.name, shape, "", before, "", "", "", f"left alone: {row.skipped}"]
-    tied = f"also {', '.join(row.tied)}" if row.tied else ""
-    numbers = [format_bytes(row.nbytes), f"{row.ratio:.2f}", f"{row.relative_error:.4g}"]
-    return [row.name, shape, row.kind or "", before, *numbers, tied]
 
 
 # ---- the two doors -------------------------------------------------------------------------------------------------
@@ -1029,85 +707,6 @@ class _Maker:
     def _progress(self, name: str) -> _core.Progress | None:
         report = self.progress
         return None if report is None else lambda stage, done, total: report(f"{name}: {stage}", done, total)
-
-
-def lower_hull(
-    sizes: NDArray[np.float64], errors: NDArray[np.float64]
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """The points below whose lines of size and log(error) no other lies: each byte brings less than the one before.
-
-    Parameters
-    ----------
-    sizes, errors : ndarray of shape (n,)
-        Sizes do not fall; errors are positive.
-
-    Returns
-    -------
-    tuple of two ndarrays
-        Rising sizes, falling errors.
-
-    Examples
-    --------
-    >>> import numpy as np
-    >>> lower_hull(np.array([1.0, 2, 3, 4]), np.array([1.0, 0.9, 0.1, 0.2]))
-    (array([1., 3.]), array([1. , 0.1]))
-    """
-    hull: list[tuple[float, float]] = []
-    for size, value in zip(sizes.tolist(), np.log(errors).tolist(), strict=True):
-        if hull and value >= hull[-1][1]:
-            continue
-        if hull and size == hull[-1][0]:
-            hull.pop()
-        while len(hull) > 1 and (
-            (hull[-1][1] - hull[-2][1]) * (size - hull[-2][0]) >= (value - hull[-2][1]) * (hull[-1][0] - hull[-2][0])
-        ):
-            hull.pop()
-        hull.append((size, value))
-    kept = np.array(hull)
-    return kept[:, 0], np.exp(kept[:, 1])
-
-
-def share_out(curves: Sequence[tuple[NDArray[np.float64], NDArray[np.float64]]], nbytes: int) -> list[int]:
-    """Bytes of each table, so that the errors add up to the least: the next bytes go where they take off most.
-
-    Parameters
-    ----------
-    curves : sequence of (sizes, errors)
-        Of each table, as from ``lower_hull``.
-    nbytes : int
-        Of all together, at least the sum of the first sizes.
-
-    Returns
-    -------
-    list of int
-        One number a table, at most ``nbytes`` together.
-
-    Examples
-    --------
-    >>> import numpy as np
-    >>> sizes = np.array([100.0, 1100.0])
-    >>> share_out([(sizes, np.array([8.0, 1.0])), (sizes, np.array([800.0, 100.0]))], 1200)
-    [100, 1100]
-    """
-    owners, costs, gains = [], [], []
-    for number, (sizes, errors) in enumerate(curves):
-        grid = np.linspace(sizes[0], sizes[-1], STEPS + 1)
-        cost = np.diff(grid)
-        if not cost.any():
-            continue
-        gain = -np.diff(np.exp(np.interp(grid, sizes, np.log(errors)))) / cost
-        owners.append(np.full(STEPS, number))
-        costs.append(cost)
-        gains.append(np.minimum.accumulate(gain))  # rounding aside they fall
-    shares = np.array([sizes[0] for sizes, _ in curves])
-    left = nbytes - shares.sum()
-    if owners:
-        order = np.argsort(-np.concatenate(gains), kind="stable")
-        cost = np.concatenate(costs)[order]
-        # The last step is taken in part.
-        part = np.clip(left - (np.cumsum(cost) - cost), 0, cost)
-        np.add.at(shares, np.concatenate(owners)[order], part)
-    return [int(share) for share in shares]
 
 
 # ---- the exchange --------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vqrs.torch.embedding import Embedding, EmbeddingBag, _TableModule
-from vqrs.torch.model import ScaledEmbedding
+from vqrs.torch.tied import ScaledEmbedding
 
 __all__ = ["export", "exportable"]
 

@@ -40,7 +40,14 @@ Mode = Literal["sum", "mean", "max"]
 # ---- rows of a table, between addresses -----------------------------------------------------------------------------
 
 
-def read_rows(table: _core.Table, dim: int, ids: Tensor, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+def read_rows(
+    table: _core.Table,
+    dim: int,
+    ids: Tensor,
+    dtype: torch.dtype,
+    out: Tensor | None = None,
+    codes: Tensor | None = None,
+) -> Tensor:
     """Rows by the compiled core, straight into a tensor.
 
     Parameters
@@ -53,6 +60,8 @@ def read_rows(table: _core.Table, dim: int, ids: Tensor, dtype: torch.dtype, out
         Of the rows: float16, bfloat16, float32 or float64.
     out : contiguous CPU tensor of shape (*ids.shape, dim), optional
         Filled and returned. Its dtype counts.
+    codes : uint8 CPU tensor, optional
+        Those of the table, which ``out`` must not overlap.
 
     Returns
     -------
@@ -78,7 +87,7 @@ def read_rows(table: _core.Table, dim: int, ids: Tensor, dtype: torch.dtype, out
             return read_rows(table, dim, ids, torch.float32).to(dtype)
         out = _fresh(ids, (*ids.shape, dim), dtype)
     else:
-        name = _checked_out(out, (*ids.shape, dim), ids)
+        name = _checked_out(out, (*ids.shape, dim), ids, codes)
     count = ids.numel()
     table.lookup_at(ids.data_ptr(), count, ids_dtype is torch.int64, out.data_ptr(), name, _threads(count * dim))
     return out
@@ -93,6 +102,7 @@ def read_bags(
     mode: Mode,
     dtype: torch.dtype,
     out: Tensor | None = None,
+    codes: Tensor | None = None,
 ) -> Tensor:
     """Bags of rows by the compiled core, straight into a tensor.
 
@@ -111,6 +121,8 @@ def read_bags(
         Of the result: float16, bfloat16, float32 or float64. Sums are float32.
     out : contiguous CPU tensor of shape (n_bags, dim), optional
         Filled and returned. Its dtype counts.
+    codes : uint8 CPU tensor, optional
+        Those of the table, which ``out`` must not overlap.
 
     Returns
     -------
@@ -141,7 +153,7 @@ def read_bags(
             return read_bags(table, dim, ids, offsets, weights, mode, torch.float32).to(dtype)
         out = _fresh(ids, (n_bags, dim), dtype)
     else:
-        name = _checked_out(out, (n_bags, dim), ids, offsets, weights)
+        name = _checked_out(out, (n_bags, dim), ids, offsets, weights, codes)
     table.pool_at(
         ids.data_ptr(),
         count,
@@ -194,7 +206,7 @@ def _checked_out(out: Tensor, shape: tuple[int, ...], *inputs: Tensor | None) ->
     first, last = out.data_ptr(), out.data_ptr() + out.nbytes
     for tensor in inputs:
         if tensor is not None and tensor.data_ptr() < last and first < tensor.data_ptr() + tensor.nbytes:
-            raise ValueError("out shares memory with the ids, offsets or weights: give it memory of its own")
+            raise ValueError("out shares memory with the ids, offsets, weights or codes: give it memory of its own")
     if not out.is_inference():  # autograd must not take the new values for those that it has saved
         torch.autograd.graph.increment_version(out)
     return name
@@ -372,14 +384,8 @@ def _lookup_cpu(
 ) -> Tensor:
     plan = _plan(decoder)
     if plan.trainable:
-        return _lookup_gathered(ids, codes, tensors, decoder, dtype, padding_idx)
+        return gather(ids, codes, tensors, decoder).to(dtype)
     return read_rows(_table(codes, tensors, decoder), plan.dim, ids, dtype)
-
-
-def _lookup_gathered(
-    ids: Tensor, codes: Tensor, tensors: list[Tensor], decoder: str, dtype: torch.dtype, padding_idx: int
-) -> Tensor:
-    return gather(ids, codes, tensors, decoder).to(dtype)
 
 
 def _lookup_fake(
@@ -402,7 +408,8 @@ def _pool_cpu(
     plan = _plan(decoder)
     if plan.trainable:
         check_offsets(offsets, len(ids))
-        return _pool_gathered(ids, offsets, per_sample_weights, codes, tensors, decoder, mode, dtype, padding_idx)
+        pool = _pool_by(gather)
+        return pool(ids, offsets, per_sample_weights, codes, tensors, decoder, mode, dtype, padding_idx)
     if padding_idx >= 0:
         ids, offsets, per_sample_weights = without_padding(ids, offsets, per_sample_weights, padding_idx)
     return read_bags(_table(codes, tensors, decoder), plan.dim, ids, offsets, per_sample_weights, mode, dtype)
@@ -426,22 +433,6 @@ def without_padding(
     return ids[kept], offsets, None if weights is None else weights[kept]
 
 
-def _pool_gathered(
-    ids: Tensor,
-    offsets: Tensor,
-    per_sample_weights: Tensor | None,
-    codes: Tensor,
-    tensors: list[Tensor],
-    decoder: str,
-    mode: str,
-    dtype: torch.dtype,
-    padding_idx: int,
-) -> Tensor:
-    rows = gather(ids, codes, tensors, decoder)
-    padding = padding_idx if padding_idx >= 0 else None
-    return pool_gathered(rows, ids, offsets, per_sample_weights, mode, padding).to(dtype)
-
-
 @functools.cache
 def _triton() -> Any:
     """The Triton kernels; None where Triton is not installed."""
@@ -452,39 +443,50 @@ def _triton() -> Any:
     return triton_kernels
 
 
-def _read_cuda(ids: Tensor, codes: Tensor, tensors: list[Tensor], decoder: str, dtype: torch.dtype) -> Tensor:
-    """Rows on a CUDA device: by a Triton kernel where the form has one."""
+def _gather_cuda(
+    ids: Tensor, codes: Tensor, tensors: Sequence[Tensor], decoder: str, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """As :func:`gather`, but where the form has a Triton kernel, rows of this dtype by that."""
     plan = _plan(decoder)
     if not plan.trainable and _triton() is not None:
         values = dict(zip(plan.stored, tensors, strict=False))
         rows: Tensor | None = _triton().lookup(ids, codes, plan.description, values, dtype)
         if rows is not None:
             return rows
-    return gather(ids, codes, tensors, decoder).to(dtype)
+    return gather(ids, codes, tensors, decoder)
 
 
 def _lookup_cuda(
     ids: Tensor, codes: Tensor, tensors: list[Tensor], decoder: str, dtype: torch.dtype, padding_idx: int
 ) -> Tensor:
-    return _read_cuda(ids, codes, tensors, decoder, dtype)
+    return _gather_cuda(ids, codes, tensors, decoder, dtype).to(dtype)
 
 
-def _pool_cuda(
-    ids: Tensor,
-    offsets: Tensor,
-    per_sample_weights: Tensor | None,
-    codes: Tensor,
-    tensors: list[Tensor],
-    decoder: str,
-    mode: str,
-    dtype: torch.dtype,
-    padding_idx: int,
+def _lookup_gathered(
+    ids: Tensor, codes: Tensor, tensors: list[Tensor], decoder: str, dtype: torch.dtype, padding_idx: int
 ) -> Tensor:
-    if _plan(decoder).trainable:
-        return _pool_gathered(ids, offsets, per_sample_weights, codes, tensors, decoder, mode, dtype, padding_idx)
-    rows = _read_cuda(ids, codes, tensors, decoder, torch.float32)
-    padding = padding_idx if padding_idx >= 0 else None
-    return pool_gathered(rows, ids, offsets, per_sample_weights, mode, padding).to(dtype)
+    return gather(ids, codes, tensors, decoder).to(dtype)
+
+
+def _pool_by(read: Callable[[Tensor, Tensor, list[Tensor], str], Tensor]) -> Callable[..., Tensor]:
+    """The operator ``pool`` over what reads rows."""
+
+    def pool(
+        ids: Tensor,
+        offsets: Tensor,
+        per_sample_weights: Tensor | None,
+        codes: Tensor,
+        tensors: list[Tensor],
+        decoder: str,
+        mode: str,
+        dtype: torch.dtype,
+        padding_idx: int,
+    ) -> Tensor:
+        rows = read(ids, codes, tensors, decoder)
+        padding = padding_idx if padding_idx >= 0 else None
+        return pool_gathered(rows, ids, offsets, per_sample_weights, mode, padding).to(dtype)
+
+    return pool
 
 
 def _pool_fake(
@@ -598,10 +600,10 @@ def _differentiate_pool(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 _LIBRARY.impl("lookup", _lookup_cpu, "CPU")
 _LIBRARY.impl("pool", _pool_cpu, "CPU")
 _LIBRARY.impl("lookup", _lookup_cuda, "CUDA")
-_LIBRARY.impl("pool", _pool_cuda, "CUDA")
+_LIBRARY.impl("pool", _pool_by(_gather_cuda), "CUDA")
 for _device in ("MPS", "XPU"):
     _LIBRARY.impl("lookup", _lookup_gathered, _device)
-    _LIBRARY.impl("pool", _pool_gathered, _device)
+    _LIBRARY.impl("pool", _pool_by(gather), _device)
 _LIBRARY.impl("lookup_backward", _lookup_backward, "CompositeExplicitAutograd")
 _LIBRARY.impl("pool_backward", _pool_backward, "CompositeExplicitAutograd")
 torch.library.register_fake("vqrs::lookup", _lookup_fake, lib=_LIBRARY)

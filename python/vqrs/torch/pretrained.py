@@ -23,8 +23,6 @@ from torch import Tensor, nn
 import vqrs
 from vqrs.torch.embedding import Embedding, EmbeddingBag, _TableModule
 from vqrs.torch.model import (
-    ScaledEmbedding,
-    TiedLinear,
     _exchange,
     _Origin,
     _survey,
@@ -32,6 +30,7 @@ from vqrs.torch.model import (
     _tell_transformers,
     compressed_modules,
 )
+from vqrs.torch.tied import ScaledEmbedding, TiedLinear
 
 __all__ = ["from_pretrained", "load_state_dict_", "register_with_transformers", "save_pretrained"]
 

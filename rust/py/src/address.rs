@@ -33,7 +33,7 @@ pub fn values<'a, T: bytemuck::Pod>(address: usize, count: usize) -> PyResult<&'
 fn values_mut<'a, T: bytemuck::Pod>(address: usize, count: usize) -> PyResult<&'a mut [T]> {
     let Some(pointer) = pointer::<T>(address, count)? else { return Ok(&mut []) };
     // SAFETY: as in `values`; the tensor is the call's output, which the caller made for it or has checked to share no
-    // memory with ids, offsets or weights; codes are never a float tensor of the caller's.
+    // memory with ids, offsets, weights or codes.
     Ok(unsafe { std::slice::from_raw_parts_mut(pointer, count) })
 }
 
