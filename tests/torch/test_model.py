@@ -16,6 +16,7 @@ import vqrs
 import vqrs.torch
 from vqrs.torch import CompressionReport, Embedding, EmbeddingBag, ScaledEmbedding, TiedLinear, compress_, decompress_
 from vqrs.torch import model as module_under_test
+from vqrs.torch import tied
 from vqrs.torch.budget import lower_hull, share_out
 
 N, DIM = 1200, 16
@@ -279,7 +280,7 @@ def test_blocks_of_a_head_give_what_the_whole_does(monkeypatch: pytest.MonkeyPat
         return [output.detach(), *gradients]
 
     whole = outcome()
-    monkeypatch.setattr(module_under_test, "BLOCK_VALUES", 100 * DIM)
+    monkeypatch.setattr(tied, "BLOCK_VALUES", 100 * DIM)
     assert len(model.head._blocks()) == 12
     for one, other in zip(whole, outcome(), strict=True):
         torch.testing.assert_close(one, other)
