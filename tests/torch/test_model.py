@@ -14,9 +14,16 @@ from torch.nn.utils import parametrize, prune
 
 import vqrs
 import vqrs.torch
-from vqrs.torch import CompressionReport, Embedding, EmbeddingBag, ScaledEmbedding, TiedLinear, compress_, decompress_
-from vqrs.torch import model as module_under_test
-from vqrs.torch import tied
+from vqrs.torch import (
+    CompressionReport,
+    Embedding,
+    EmbeddingBag,
+    ScaledEmbedding,
+    TiedLinear,
+    compress_,
+    decompress_,
+    tied,
+)
 from vqrs.torch.budget import lower_hull, share_out
 
 N, DIM = 1200, 16
@@ -241,7 +248,7 @@ def test_a_failure_while_modules_are_built_changes_nothing(monkeypatch: pytest.M
     def fail(*arguments: object) -> None:
         raise ValueError("no head today")
 
-    monkeypatch.setattr(module_under_test.TiedLinear, "__init__", fail)
+    monkeypatch.setattr(TiedLinear, "__init__", fail)
     with pytest.raises(ValueError, match="no head today"):
         compress_(model, **INT4)
     assert_untouched(model, state, classes)
