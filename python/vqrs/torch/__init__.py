@@ -17,6 +17,7 @@ from vqrs.torch.model import compress_, decompress_
 from vqrs.torch.pretrained import from_pretrained, load_state_dict_, register_with_transformers, save_pretrained
 from vqrs.torch.report import CompressedModule, CompressionReport
 from vqrs.torch.tied import ScaledEmbedding, TiedLinear
+from vqrs.torch.trained import TrainedEmbedding, methods
 from vqrs.torch.training import EMACodebooks, Reassignment
 
 __all__ = [
@@ -29,11 +30,13 @@ __all__ = [
     "Reassignment",
     "ScaledEmbedding",
     "TiedLinear",
+    "TrainedEmbedding",
     "compress_",
     "decompress_",
     "distill",
     "from_pretrained",
     "load_state_dict_",
+    "methods",
     "onnx",
     "output_loss",
     "register_with_transformers",
