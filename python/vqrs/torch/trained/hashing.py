@@ -27,6 +27,7 @@ def hash_bits(ids: Tensor, seeds: Tensor) -> Tensor:
 
     Examples
     --------
+    >>> import torch
     >>> hash_bits(torch.tensor([0, 1]), torch.tensor(42))
     tensor([-4767286540954276203, -5014216602933006456])
     """
@@ -51,6 +52,7 @@ def hash_ids(ids: Tensor, seeds: Tensor, size: int | Tensor) -> Tensor:
 
     Examples
     --------
+    >>> import torch
     >>> hash_ids(torch.arange(4)[:, None], torch.tensor([7, 8]), 100)
     tensor([[38, 61],
             [73, 68],
