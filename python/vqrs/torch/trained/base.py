@@ -262,6 +262,10 @@ class TrainedEmbedding(nn.Module):
         """Number of floats that the optimizer moves now."""
         return sum(p.numel() for p in self.parameters() if p.requires_grad)
 
+    def within_budget(self) -> bool:
+        """Whether the module, as it now is, is within its budget; methods that prune are not from the beginning."""
+        return self.budget is None or self.budget.allows(Size(self.trained_floats(), self.inference_nbytes()))
+
     def inference_nbytes(self) -> int:
         """Bytes that inference holds: parameters, packed pointers, maps and hash seeds."""
         return sum(tensor.numel() * tensor.element_size() for tensor in self.inference_tensors())
