@@ -133,15 +133,15 @@ def train(
     torch.manual_seed(random_state)
     embedding = model.embedding
     done = Outcome(math.nan, math.nan, -math.inf, 0, 0, 0, 0.0, 0, 0)
-    best: dict[str, Any] = {}
     for stage in embedding.stages:
         embedding.enter_stage(stage)
         if stage in embedding.restarts:
             model.reset_parameters()
         best = _Stage(model, dataset, settings, random_state, stage, done, progress).run()
-    if not best:
+        if best:
+            model.load_state_dict(best)
+    if not embedding.within_budget():
         raise ValueError(f"no epoch ended within the budget: {embedding.inference_nbytes()} bytes are held")
-    model.load_state_dict(best)
     done.auc, done.log_loss = score(model, dataset, "test")
     return done
 
@@ -177,9 +177,11 @@ class _Stage:
         done.trained_floats = max(done.trained_floats, self.embedding.trained_floats())
 
     def run(self) -> dict[str, Any]:
-        """Train; the model's best state, empty where no epoch was within the budget."""
+        """Train; the model's best state, empty where the stage is a search or no epoch was within the budget."""
         best: dict[str, Any] = {}
         best_score, waited = -math.inf, 0
+        # Only at the end of all stages must the embedding be within its budget.
+        last, search = self.name == self.embedding.stages[-1], self.name in self.embedding.searches
         while self.epoch < self.epochs and not self.embedding.finished and waited < self.settings.patience:
             self.epoch += 1
             loss = self._train_epoch()
@@ -197,10 +199,12 @@ class _Stage:
             )
             if self.progress is not None:
                 self.progress(self.done.history[-1])
-            if within and found > best_score:
+            if search or (last and not within):
+                continue
+            if found > best_score:
                 best, best_score, waited = copy.deepcopy(self.model.state_dict()), found, 0
                 self.done.best_epoch, self.done.validation_auc = self.epoch, found
-            elif best:
+            else:
                 waited += 1
         self.done.training_nbytes = max(self.done.training_nbytes, self.embedding.training_nbytes())
         return best

@@ -120,6 +120,8 @@ class TrainedEmbedding(nn.Module):
     """Stages of training in their order; a loop calls :meth:`enter_stage` before each."""
     restarts: ClassVar[frozenset[str]] = frozenset()
     """Stages before which the rest of the model goes back to its initial weights."""
+    searches: ClassVar[frozenset[str]] = frozenset()
+    """Stages that run to their end whatever the validation says; after others the best epoch is brought back."""
     per_id_state: ClassVar[bool] = False
     """Whether training keeps something for every row (a float, a pointer, a map)."""
     has_table: ClassVar[bool] = True
