@@ -29,13 +29,13 @@ test-rust: ## tests of the Rust core
 	cargo test -q -p vqrs-core --doc
 
 test-fast: $(VENV)/with-test ## Python tests and docstring examples, those that are quick
-	$(PYTEST) -m "not slow" --ignore=tests/torch --ignore=python/vqrs/torch
+	$(PYTEST) -m "not slow" --ignore=tests/torch --ignore=python/vqrs/torch --ignore=python/vqrs/bench
 
 test-slow: $(VENV)/with-test $(VENV)/minilm ## Python tests that take longer
-	$(PYTEST) -m slow --ignore=tests/torch --ignore=python/vqrs/torch
+	$(PYTEST) -m slow --ignore=tests/torch --ignore=python/vqrs/torch --ignore=python/vqrs/bench
 
 test-torch: $(VENV)/torch $(VENV)/with-test-torch $(VENV)/minilm ## tests of vqrs.torch, and of torch tensors elsewhere
-	$(PYTEST) tests/torch python/vqrs/torch
+	$(PYTEST) tests/torch python/vqrs/torch python/vqrs/bench
 	$(PYTEST) tests -k "torch or reads_safetensors" --ignore=tests/torch
 
 check: check-rust check-python check-docs ## format, lint, types, documents

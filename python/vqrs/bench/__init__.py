@@ -1,0 +1,1 @@
+"""Comparing tables that are trained in their compressed form: data, models, plans of runs, reports."""
