@@ -11,10 +11,9 @@ import json
 import multiprocessing
 import os
 import time
-import traceback
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +21,13 @@ import numpy as np
 
 import vqrs
 from vqrs.bench.datasets import Dataset, open_dataset
+from vqrs.bench.training import Settings, score, train
 
-LOOKUP_SECONDS = 0.1
-LOOKUP_IDS = 8192
-FIRST_SEED_OFFSET = 0
+LOOKUP_SECONDS = 0.2
+LOOKUP_ROWS = 1024
+"""Rows of the data set whose ids a timed lookup asks for."""
+FILE_NBYTES = 4096
+"""Header of a table file, which a table in memory does not have."""
 
 
 @dataclass(frozen=True)
@@ -198,11 +200,9 @@ def run(
     _end_last_line(out)
     cells = plan.cells()
     lines: list[dict[str, Any]] = []
-    done = 0
     if progress is not None:
         progress(0, len(cells), None)
-    for found in _results(plan, cells, out, n_jobs):
-        done += 1
+    for done, found in enumerate(_results(plan, cells, out, n_jobs), start=1):
         lines += found
         if progress is not None:
             progress(done, len(cells), found[-1] if found else None)
@@ -286,21 +286,192 @@ class _Worker:
         return self._dataset
 
     def run_cell(self, cell: Cell) -> list[dict[str, Any]]:
-        """All seeds of a cell; the learning rate is chosen with the first one."""
-        lines = [self._run(cell, 0, rate) for rate in self.plan.learning_rates]
-        best = max(lines, key=lambda line: -1.0 if line["error"] else line["validation_auc"])
-        if best["error"] is None:
-            lines += [self._run(cell, seed, best["learning_rate"]) for seed in range(1, self.plan.seeds)]
-        chosen = [line for line in lines if line["learning_rate"] == best["learning_rate"]]
-        if cell.budget is None:
-            for budget in self.plan.budgets:
-                for kind in self.plan.compress:
-                    for line in chosen:
-                        chosen = [*chosen, *self._compressed(cell, budget, kind, line)]
-        return chosen
+        """All seeds of a cell; the learning rate is chosen with the first one, on the validation part."""
+        rates = self.plan.learning_rates
+        runs = [self._run(cell, 0, rate) for rate in rates]
+        best = max(range(len(rates)), key=lambda i: -1.0 if runs[i][0]["error"] else runs[i][0]["validation_auc"])
+        lines = self._chosen(cell, 0, rates[best], *runs[best])
+        if lines[0]["error"] is None:
+            for seed in range(1, self.plan.seeds):
+                lines += self._chosen(cell, seed, rates[best], *self._run(cell, seed, rates[best]))
+        return lines
+
+    def _chosen(self, cell: Cell, seed: int, rate: float, line: dict[str, Any], model: Any) -> list[dict[str, Any]]:
+        """Marks a run as one that counts; behind one of the full table come the runs that compress it."""
+        if not line["chosen"]:
+            line = self._write(line | {"chosen": True})
+        lines = [line]
+        if cell.budget is not None or line["error"] is not None:
+            return lines
+        for budget in self.plan.budgets:
+            for kind in self.plan.compress:
+                key = self._key(Cell(cell.model, f"compress-{kind}", budget), seed, rate)
+                if key not in self.done:
+                    # The weights of an earlier call are gone.
+                    model = model or self._train(cell, seed, rate)[1]
+                    self._write(line | {"key": key} | self._compressed(model, budget, kind))
+                lines.append(self.done[key])
+        return lines
 
     def _key(self, cell: Cell, seed: int, rate: float) -> str:
         plan = self.plan
         budget = None if cell.budget is None else [cell.budget.unit, cell.budget.value]
         what = [plan.dataset, plan.dataset_options, cell.model, cell.method, budget, seed, rate]
         return json.dumps([*what, plan.embedding_dim, plan.separate, plan.settings], sort_keys=True)
+
+    def _write(self, line: dict[str, Any]) -> dict[str, Any]:
+        """Append a line in one write, so that lines of several processes do not mix."""
+        file = os.open(self.out, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        try:
+            os.write(file, (json.dumps(line) + "\n").encode())
+        finally:
+            os.close(file)
+        self.done[line["key"]] = line
+        return line
+
+    def _run(self, cell: Cell, seed: int, rate: float) -> tuple[dict[str, Any], Any]:
+        """The line of a run and, if it was not done before, its model."""
+        key = self._key(cell, seed, rate)
+        if key in self.done:
+            return self.done[key], None
+        line, model = self._train(cell, seed, rate)
+        return self._write({"key": key, "chosen": False} | line), model
+
+    def _train(self, cell: Cell, seed: int, rate: float) -> tuple[dict[str, Any], Any]:
+        plan, dataset = self.plan, self.dataset
+        name, variant = parse_method(cell.method)
+        dim, sizes = plan.embedding_dim, dataset.field_sizes
+        line: dict[str, Any] = {
+            "dataset": dataset.name,
+            "model": cell.model,
+            "method": name,
+            "variant": variant,
+            "budget": None if cell.budget is None else asdict(cell.budget),
+            "ratio": 1.0 if cell.budget is None else 4 * sum(sizes) * dim / cell.budget.nbytes(sizes, dim),
+            "ppd": int(cell.budget.value) if cell.budget is not None and cell.budget.unit == "ppd" else None,
+            "seed": seed,
+            "learning_rate": rate,
+            "embedding_dim": dim,
+            "full_nbytes": 4 * sum(sizes) * dim,
+            "version": vqrs.__version__,
+            "error": None,
+        }
+        try:
+            model = self._model(cell, name, variant, seed)
+            outcome = train(model, dataset, Settings(**plan.settings, learning_rate=rate), random_state=seed)
+        except (ValueError, FloatingPointError) as error:
+            # Out of reach of the method: a dash in the tables, with what it says.
+            unknown = ["auc", "log_loss", "validation_auc", "trained_floats", "inference_nbytes", "exported_nbytes"]
+            least = self._least_training_nbytes(cell, name, variant)
+            return line | dict.fromkeys(unknown) | {"error": str(error), "training_nbytes": least}, None
+        return line | self._measured(model, outcome), model
+
+    def _model(self, cell: Cell, name: str, variant: dict[str, Any], seed: int) -> Any:
+        import vqrs.torch
+        from vqrs.bench.models import models
+        from vqrs.torch.trained.fields import FieldEmbeddings
+
+        plan, dataset = self.plan, self.dataset
+        budget = {} if cell.budget is None else cell.budget.settings(dataset.field_sizes, plan.embedding_dim)
+
+        embedding = FieldEmbeddings(
+            vqrs.torch.methods()[name],
+            dataset.field_sizes,
+            plan.embedding_dim,
+            separate=plan.separate,
+            frequencies=self._frequencies,
+            random_state=1_000 * seed + 17,
+            **budget,
+            **variant,
+        )
+        return models()[cell.model](
+            embedding, dataset.field_sizes, plan.embedding_dim, dataset.n_numeric, random_state=seed
+        )
+
+    def _least_training_nbytes(self, cell: Cell, name: str, variant: dict[str, Any]) -> int | None:
+        """Training bytes of a method that cannot reach the budget, at the size that it takes by itself."""
+        try:
+            embedding = self._model(Cell(cell.model, cell.method, None), name, variant, 0).embedding
+        except ValueError:
+            return None
+        return int(embedding.training_nbytes())
+
+    def _measured(self, model: Any, outcome: Any) -> dict[str, Any]:
+        embedding = model.embedding
+        tables = [part.to_table() for part in embedding.parts] if all(p.has_table for p in embedding.parts) else None
+        ids = next(iter(self.dataset.batches("test", LOOKUP_ROWS))).ids
+        return {
+            "auc": outcome.auc,
+            "log_loss": outcome.log_loss,
+            "validation_auc": outcome.validation_auc,
+            "epochs": outcome.epochs,
+            "best_epoch": outcome.best_epoch,
+            "seconds": round(outcome.seconds, 3),
+            "seconds_per_step": outcome.seconds / max(1, outcome.steps),
+            "trained_floats": outcome.trained_floats,
+            "training_nbytes": outcome.training_nbytes,
+            "inference_nbytes": embedding.inference_nbytes(),
+            "exported_nbytes": None if tables is None else sum(table.nbytes for table in tables),
+            "lookups_per_second": _lookups_per_second(embedding, ids),
+            "history": outcome.history,
+        }
+
+    def _compressed(self, model: Any, budget: Budget, kind: str) -> dict[str, Any]:
+        """The full table of a trained model after ``vqrs.compress``: what differs from the line of the full table."""
+        import torch
+
+        import vqrs.torch
+
+        dataset, dim = self.dataset, self.plan.embedding_dim
+        limit = budget.nbytes(dataset.field_sizes, dim)
+        line: dict[str, Any] = {
+            "method": f"compress-{kind}",
+            "variant": {},
+            "budget": asdict(budget),
+            "ratio": 4 * sum(dataset.field_sizes) * dim / limit,
+            "ppd": int(budget.value) if budget.unit == "ppd" else None,
+            "chosen": True,
+        }
+        dense = np.concatenate([part.to_dense() for part in model.embedding.parts])
+        try:
+            table = vqrs.compress(
+                dense,
+                nbytes=limit + FILE_NBYTES,
+                method=None if kind == "auto" else kind,
+                effort="fast",
+                sample_weight=np.maximum(self._frequencies, 0.01),
+                random_state=0,
+                n_jobs=1,
+            )
+        except ValueError as error:
+            unknown = ["auc", "log_loss", "inference_nbytes", "exported_nbytes", "lookups_per_second"]
+            return line | dict.fromkeys(unknown) | {"error": str(error)}
+        whole = model.embedding
+        try:
+            model.embedding = torch.nn.Embedding.from_pretrained(torch.from_numpy(table.to_numpy()))
+            auc, log_loss = score(model, dataset, "test")
+        finally:
+            model.embedding = whole
+        ids = next(iter(dataset.batches("test", LOOKUP_ROWS))).ids
+        return line | {
+            "auc": auc,
+            "log_loss": log_loss,
+            "inference_nbytes": table.codes.nbytes + sum(t.nbytes for t in table._core.tensors().values()),
+            "exported_nbytes": table.nbytes,
+            "lookups_per_second": _lookups_per_second(vqrs.torch.Embedding.from_table(table), ids),
+        }
+
+
+def _lookups_per_second(embedding: Any, ids: Any) -> float:
+    """Rows that a module gives in a second, on this process's threads, with ids of the test part."""
+    import torch
+
+    asked = torch.from_numpy(ids)
+    embedding.eval()
+    with torch.no_grad():
+        embedding(asked)
+        calls, start = 0, time.perf_counter()
+        while time.perf_counter() - start < LOOKUP_SECONDS:
+            embedding(asked)
+            calls += 1
+        return calls * ids.size / (time.perf_counter() - start)
