@@ -656,13 +656,21 @@ def _row_bytes_of_levels(description: Mapping[str, Any]) -> int:
     return levels + pairs * (2 if description["symmetric"] else 4)
 
 
+def _row_bytes_of_hashed(description: Mapping[str, Any]) -> int:
+    sources = [term[name] for term in description["terms"] for name in ("piece", "weight") if name in term]
+    fields = [source["place"]["field"] + 1 for source in sources if source["place"]["kind"] == "stored"]
+    return (max(fields, default=0) * description["bits"] + 7) // 8
+
+
 ROW_BYTES = {
     "books": _row_bytes_of_books,
     "levels": _row_bytes_of_levels,
     "trellis": lambda description: description["row_bytes"],
     "sparse": _row_bytes_of_sparse,
+    "hashed": _row_bytes_of_hashed,
+    "switch": lambda description: row_bytes(description["otherwise"]) if description["otherwise"] else 0,
 }
-"""Of the forms that hold no other decoder."""
+"""Of the other forms."""
 
 
 def _inner(tensors: Tensors, prefix: str) -> Tensors:
