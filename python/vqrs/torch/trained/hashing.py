@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 _GAMMA = 0x9E3779B97F4A7C15 - 2**64
@@ -67,3 +68,24 @@ def hash_ids(ids: Tensor, seeds: Tensor, size: int | Tensor) -> Tensor:
 def hash_signs(ids: Tensor, seeds: Tensor) -> Tensor:
     """A random sign for each id and seed, float32: the lowest bit of :func:`hash_bits`."""
     return 1.0 - 2.0 * (hash_bits(ids, seeds) & 1).float()
+
+
+def derived_seeds(seed: Tensor, count: int) -> Tensor:
+    """Seeds of ``count`` independent hashes from the one that is stored: :func:`hash_bits` of 0, 1, 2 and so on.
+
+    Parameters
+    ----------
+    seed : int64 tensor without axes
+    count : int
+
+    Returns
+    -------
+    int64 tensor of shape (count,)
+
+    Examples
+    --------
+    >>> import torch
+    >>> derived_seeds(torch.tensor(42), 2)
+    tensor([-4767286540954276203, -5014216602933006456])
+    """
+    return hash_bits(torch.arange(count, device=seed.device), seed)
