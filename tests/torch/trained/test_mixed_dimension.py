@@ -40,9 +40,9 @@ def test_rows_are_projected_by_their_field():
 def test_dimensions_are_powers_of_two_of_the_rule():
     sizes = [300, 4000, 50_000, 600_000]
     wished = [64 * (size / 300) ** -0.4 for size in sizes]
-    assert popular_dims(sizes, 64, 0.4) == [2 ** round(math.log2(wish)) for wish in wished] == [64, 16, 8, 4]
-    # A field of 3 rows never needs a projection to 64 columns.
-    assert popular_dims([3, 5000], 64, 0.0, scale=1 / 64) == [64, 1]
+    assert popular_dims(sizes, 64, 0.4) == [2 ** round(math.log2(wish)) for wish in wished] == [64, 32, 8, 4]
+    # Two rows of 64 columns are fewer floats than two rows of 32 and a projection.
+    assert popular_dims([2, 5000], 64, 0.0, scale=1 / 2) == [64, 32]
 
 
 @pytest.mark.parametrize("fields", [FIELDS, [ROWS], [3000, 3543], [1] * 5])
