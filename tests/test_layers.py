@@ -33,7 +33,7 @@ PYTHON_LAYERS = {
     **dict.fromkeys(["_core", "reference", "metrics", "_validation", "_bytes", "_progress"], 0),
     **dict.fromkeys(["table", "_encode", "_ladders", "_search", "_compress", "_readers"], 1),
     **dict.fromkeys(["_base", "cluster", "quantizers", "mixed", "_tune"], 2),
-    **dict.fromkeys(["__init__", "__main__", "_commands", "cli", "demo", "torch"], 3),
+    **dict.fromkeys(["__init__", "__main__", "_commands", "cli", "demo", "bench", "torch"], 3),
 }
 """A module uses modules of its own layer and lower ones."""
 

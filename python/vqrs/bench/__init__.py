@@ -1,1 +1,8 @@
-"""Comparing tables that are trained in their compressed form: data, models, plans of runs, reports."""
+"""Comparing tables that are trained in their compressed form: data, models, plans of runs, reports.
+
+The data sets and their traits need numpy alone.
+"""
+
+from vqrs.bench.datasets import Batch, Dataset, Rows, open_dataset
+
+__all__ = ["Batch", "Dataset", "Rows", "open_dataset"]
