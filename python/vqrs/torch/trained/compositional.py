@@ -8,7 +8,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+import vqrs
 from vqrs.torch.trained.base import FLOAT_BYTES, Size, TrainedEmbedding
+from vqrs.torch.trained.export import Term, as_table, digit, hashed, hashed_part, rows_part
 from vqrs.torch.trained.hashing import derived_seeds, hash_ids
 
 _SEED_BYTES = 8
@@ -91,6 +93,21 @@ class CompositionalEmbedding(TrainedEmbedding):
         places = self.places(ids) + torch.arange(columns, device=ids.device) * rows
         # Its gradient costs a tenth of that of an embedding where rows are short.
         return self.weight.flatten(0, 1).index_select(0, places.reshape(-1)).view(-1, self.embedding_dim)
+
+    def to_table(self) -> vqrs.Table:
+        """A table of the columns' tables and the hashes' seeds."""
+        columns, rows, width = self.weight.shape
+        full = rows == self.num_embeddings
+        terms = [
+            Term(
+                self.weight,
+                digit(rows) if full else hashed(seed, rows),
+                start=column * width,
+                offset=column * rows * width,
+            )
+            for column, seed in enumerate(derived_seeds(self.seed, columns))
+        ]
+        return as_table(self, hashed_part(self.embedding_dim, terms, rows=self.num_embeddings))
 
 
 class QuotientRemainderEmbedding(TrainedEmbedding):
@@ -188,3 +205,15 @@ class QuotientRemainderEmbedding(TrainedEmbedding):
         if self.operation == "concatenate":
             return torch.cat([remainder, quotient], 1)
         return remainder * quotient if self.operation == "multiply" else remainder + quotient
+
+    def to_table(self) -> vqrs.Table:
+        """A table of the two tables, or of the full one."""
+        if self.num_remainders == self.num_embeddings:
+            return as_table(self, rows_part(self.remainders))
+        start = self.remainders.shape[1] if self.operation == "concatenate" else 0
+        quotient = digit(len(self.quotients), self.num_remainders)
+        terms = [
+            Term(self.remainders, digit(self.num_remainders)),
+            Term(self.quotients, quotient, start=start, multiply=self.operation == "multiply"),
+        ]
+        return as_table(self, hashed_part(self.embedding_dim, terms, rows=self.num_embeddings))

@@ -5,9 +5,12 @@ from __future__ import annotations
 import math
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
+import vqrs
 from vqrs.torch.trained.base import FLOAT_BYTES, Size, TrainedEmbedding
+from vqrs.torch.trained.export import Scalar, Term, as_table, digit, hashed, hashed_part, rows_part
 from vqrs.torch.trained.hashing import derived_seeds, hash_ids, hash_signs
 
 _SEED_BYTES = 8
@@ -107,6 +110,17 @@ class BloomEmbedding(_SeveralHashes):
             found = found * hash_signs(ids[:, None], seeds)[..., None].to(found.dtype)
         return found.mean(1)
 
+    def to_table(self) -> vqrs.Table:
+        """A table of the rows and the hashes' seeds."""
+        if self.num_rows == self.num_embeddings:
+            return as_table(self, rows_part(self.weight))
+        share = Scalar(torch.tensor([1 / self.num_hashes]), digit(1))
+        terms = [
+            Term(self.weight, hashed(seed, self.num_rows), weight=share, sign=seed if self.signs else None)
+            for seed in derived_seeds(self.seed, self.num_hashes)
+        ]
+        return as_table(self, hashed_part(self.embedding_dim, terms, rows=self.num_embeddings))
+
 
 class WeightedHashEmbedding(_SeveralHashes):
     """A sum of ``num_hashes`` hashed rows, each times a trained importance that the id has, by a hash of its own.
@@ -185,3 +199,20 @@ class WeightedHashEmbedding(_SeveralHashes):
         places = ids if count == self.num_embeddings else hash_ids(ids, seeds[-1], count)
         importances = self.importances.index_select(0, places)
         return (importances[..., None] * self._hashed(ids, seeds[:-1])).sum(1)
+
+    def to_table(self) -> vqrs.Table:
+        """A table of the rows, the importances and the hashes' seeds."""
+        if self.num_rows == self.num_embeddings:
+            return as_table(self, rows_part(self.weight))
+        *seeds, last = derived_seeds(self.seed, self.num_hashes + 1)
+        count = len(self.importances)
+        owner = digit(count) if count == self.num_embeddings else hashed(last, count)
+        terms = [
+            Term(
+                self.weight,
+                hashed(seed, self.num_rows),
+                weight=Scalar(self.importances, owner, stride=self.num_hashes, offset=j),
+            )
+            for j, seed in enumerate(seeds)
+        ]
+        return as_table(self, hashed_part(self.embedding_dim, terms, rows=self.num_embeddings))
