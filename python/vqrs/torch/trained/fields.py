@@ -204,5 +204,5 @@ class FieldEmbeddings(nn.Module):
         return sum(part.training_nbytes(optimizer_slots) for part in self._parts())
 
     def within_budget(self) -> bool:
-        """Whether all modules together are within the budget."""
-        return self.budget is None or self.budget.allows(Size(self.trained_floats(), self.inference_nbytes()))
+        """Whether each module is within its part of the budget."""
+        return all(part.within_budget() for part in self._parts())
