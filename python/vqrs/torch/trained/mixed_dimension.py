@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
@@ -14,6 +14,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vqrs.torch.trained.base import FLOAT_BYTES, Size, TrainedEmbedding
+from vqrs.torch.trained.export import as_table, linear_part, rows_part, switch_part
+
+if TYPE_CHECKING:
+    import vqrs
 
 _BISECTIONS = 60
 
@@ -222,3 +226,14 @@ class MixedDimensionEmbedding(TrainedEmbedding):
     def rows(self, ids: Tensor) -> Tensor:
         """Rows of the fields' blocks, projected."""
         return rows_by_field(ids, self.field_sizes, self.embedding_dim, self._block)
+
+    def to_table(self) -> vqrs.Table:
+        """The same rows: each field is a range of ids with its block and projection."""
+        cases, first = [], 0
+        for field, (rows, dim) in enumerate(zip(self.field_sizes, self.dims, strict=True)):
+            part = rows_part(getattr(self, f"weight_{field}").detach())
+            if dim < self.embedding_dim:
+                part = linear_part(part, getattr(self, f"projection_{field}").detach())
+            cases.append((range(first, first + rows), part))
+            first += rows
+        return as_table(self, cases[0][1] if len(cases) == 1 else switch_part(first, cases))
