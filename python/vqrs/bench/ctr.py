@@ -78,7 +78,7 @@ class Plan:
         Names of ``vqrs.torch.methods()``, each with settings if wanted: ``"cce:n_columns=16"``.
     budgets : sequence of Budget
     models : sequence of str
-        Names of ``vqrs.bench.models.models()``, each with settings if wanted: ``"gmf:weights=False"``.
+        Names of ``vqrs.bench.models.models()``.
     seeds : int
         Number of runs with different hashes, initial weights and orders.
     embedding_dim : int
@@ -126,7 +126,7 @@ class Cell:
 
 
 def parse_method(text: str) -> tuple[str, dict[str, Any]]:
-    """Name and settings of a method or a model.
+    """Name and settings of a method.
 
     Raises
     ------
@@ -233,7 +233,7 @@ def _check(plan: Plan) -> None:
 
     for what, asked, known in (
         ("method", [parse_method(method)[0] for method in plan.methods], vqrs.torch.methods()),
-        ("model", [parse_method(model)[0] for model in plan.models], models()),
+        ("model", plan.models, models()),
         ("kind to compress with", plan.compress, ["auto", *(kind["name"] for kind in vqrs.kinds())]),
     ):
         for name in asked:
@@ -384,9 +384,8 @@ class _Worker:
             **budget,
             **variant,
         )
-        model, widths = parse_method(cell.model)
-        return models()[model](
-            embedding, dataset.field_sizes, plan.embedding_dim, dataset.n_numeric, random_state=seed, **widths
+        return models()[cell.model](
+            embedding, dataset.field_sizes, plan.embedding_dim, dataset.n_numeric, random_state=seed
         )
 
     def _least_training_nbytes(self, cell: Cell, name: str, variant: dict[str, Any]) -> int | None:
