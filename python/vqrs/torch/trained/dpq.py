@@ -153,8 +153,8 @@ class DPQEmbedding(TrainedEmbedding):
         return max(allowed, key=lambda size: (self._code_bits(*size), size[1] if self.mode == "vq" else -size[1]))
 
     def _code_bits(self, parts: int, bits: int) -> int:
-        """Bits of all codes."""
-        return self.num_embeddings * parts * bits
+        """Bits of a row (of most rows, where they differ): what a budget is spent on."""
+        return parts * bits
 
     def _code_nbytes(self) -> int:
         return packed_nbytes(self.num_embeddings * self.n_subvectors, self.n_bits)

@@ -32,8 +32,8 @@ class MGQEEmbedding(DPQEmbedding):
         Parts of a row, a divisor of ``embedding_dim``.
     n_bits : int, optional
         Bits of a part's code for frequent ids; the rest get ``n_bits - fewer_bits``. Of what is not given, the pair
-        with the most bits that the budget allows is taken; without a budget in bytes 8 bits and, as in the paper, the
-        largest divisor up to 4.
+        with the most bits for rare ids that the budget allows is taken; without a budget in bytes 8 bits and, as in
+        the paper, the largest divisor up to 4.
     fewer_bits : int
         Bits that codes of rare ids lack: 2 for the paper's 256 and 64 entries. At least one bit stays.
     head_share : float
@@ -55,7 +55,7 @@ class MGQEEmbedding(DPQEmbedding):
     >>> import torch
     >>> module = MGQEEmbedding(10_000, 16, ratio=20, random_state=0)
     >>> module.n_subvectors, module.n_bits, module.inference_nbytes()
-    (4, 6, 26653)
+    (4, 6, 26662)
     """
 
     name: ClassVar[str] = "mgqe"
@@ -108,8 +108,7 @@ class MGQEEmbedding(DPQEmbedding):
         return Size(rows * self.embedding_dim, codes + bitmap + FLOAT_BYTES * books)
 
     def _code_bits(self, parts: int, bits: int) -> int:
-        more = self._more_bits(bits)
-        return parts * (self.num_embeddings * (bits - more) + self._n_head * more)
+        return parts * (bits - self._more_bits(bits))
 
     def _default(self) -> tuple[int, int]:
         return 4, _MAX_BITS
