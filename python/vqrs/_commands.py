@@ -25,6 +25,7 @@ from vqrs._bytes import format_bytes, parse_bytes
 from vqrs._encode import RowSample
 from vqrs._readers import Rows, read_names, read_rows, read_weights
 from vqrs._validation import as_matrix
+from vqrs.bench._commands import app as bench_app
 from vqrs.metrics import above_bound_db
 
 app = typer.Typer(
@@ -37,6 +38,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
+app.add_typer(bench_app, name="bench")
 
 TableFile = Annotated[Path, typer.Argument(metavar="T", help="A table file.", show_default=False)]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]

@@ -22,11 +22,14 @@ __all__ = [
     "Section",
     "Summary",
     "Winner",
+    "as_dicts",
+    "budget_text",
     "interval",
     "markdown_details",
     "markdown_report",
     "markdown_table",
     "markdown_winners",
+    "put_between",
     "read_runs",
     "sections",
     "student_quantile",
@@ -232,10 +235,8 @@ def summarise(lines: Iterable[Mapping[str, Any]]) -> list[Summary]:
 
 
 def _counting(lines: list[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """Of lines of several learning rates those of the chosen one."""
-    marked = [line for line in lines if line.get("chosen")]
-    if marked:
-        return marked
+    """Of lines of several learning rates those of the chosen one; later calls may have tried more and chosen anew."""
+    lines = [line for line in lines if line.get("chosen")] or lines
     first = min(line.get("seed") or 0 for line in lines)
     best = max((line for line in lines if (line.get("seed") or 0) == first), key=_validation)
     return [line for line in lines if line.get("learning_rate") == best.get("learning_rate")]
@@ -343,7 +344,8 @@ def _text(summary: Summary, measure: str) -> str:
     return f"{value:.4f}" + ("" if half is None else f" ± {half:.4f}")
 
 
-def _budget(unit: str | None, value: float | None, ratio: float) -> str:
+def budget_text(unit: str | None, value: float | None, ratio: float) -> str:
+    """A budget as it is read; the full table has none."""
     if unit is None:
         return "no budget"
     if unit == "ratio":
@@ -404,7 +406,7 @@ def markdown_table(members: Sequence[Summary], measure: str = "auc") -> str:
     methods = dict.fromkeys(s.method for s in members if s.unit is not None)
     rows += [[method, *(column.get(method, "") for column in columns)] for method in methods]
     ratios = {(s.unit, s.value): s.ratio for s in members}
-    return _rows(["method", *(_budget(*budget, ratios[budget]) for budget in budgets)], rows)
+    return _rows(["method", *(budget_text(*budget, ratios[budget]) for budget in budgets)], rows)
 
 
 def _unreachable(summary: Summary) -> str:
@@ -488,7 +490,7 @@ def markdown_report(summaries: Sequence[Summary], pictures: Mapping[Section, str
             blocks += ["Beside the published AUCs:", published]
         ratios = {(s.unit, s.value): s.ratio for s in members}
         for budget in _budgets(members):
-            blocks += [f"All measures at {_budget(*budget, ratios[budget])}:", markdown_details(members, budget)]
+            blocks += [f"All measures at {budget_text(*budget, ratios[budget])}:", markdown_details(members, budget)]
     return "\n\n".join(blocks) + "\n"
 
 
@@ -505,6 +507,27 @@ def _seeds(members: Iterable[Summary]) -> str:
     if numbers == [1]:
         return "One seed a line: no intervals."
     return f"Means over {seeds} seeds with 95 % confidence intervals (Student's t)."
+
+
+def put_between(document: str, tables: str) -> str:
+    r"""The document with tables in place of what is between ``<!-- results begin -->`` and ``<!-- results end -->``.
+
+    Raises
+    ------
+    ValueError
+        The document has no such marks.
+
+    Examples
+    --------
+    >>> put_between("<!-- results begin --><!-- results end --> See above.", "tables")
+    '<!-- results begin -->\ntables\n<!-- results end --> See above.'
+    """
+    begin, end = "<!-- results begin -->", "<!-- results end -->"
+    before, found_begin, rest = document.partition(begin)
+    _, found_end, after = rest.partition(end)
+    if not (found_begin and found_end):
+        raise ValueError(f"the document has no {begin} before {end}: put them where the tables shall be")
+    return f"{before}{begin}\n{tables.rstrip()}\n{end}{after}"
 
 
 def as_dicts(summaries: Iterable[Summary]) -> list[dict[str, Any]]:

@@ -1,0 +1,180 @@
+"""``vqrs bench``: what its commands read, write, print and refuse."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from typer.testing import CliRunner
+
+from vqrs import cli
+from vqrs._commands import app
+
+DATA = "synthetic-60x50x1500"
+FAST = ["--model", "gmf", "--dim", "8", "--epochs", "1", "--batch-size", "256"]
+
+
+def run(*arguments):
+    """Standard output of a command that must succeed."""
+    result = CliRunner().invoke(app, ["bench", *map(str, arguments)], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result
+
+
+def main(capsys, *arguments):
+    """Exit code and both outputs of the program."""
+    code = cli.main(["bench", *map(str, arguments)])
+    return code, *capsys.readouterr()
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Raw results of two methods, one of which cannot reach the smaller budget."""
+    path = tmp_path_factory.mktemp("runs") / "runs.jsonl"
+    methods = ["--method", "hash", "--method", "hash:num_rows=30"]
+    run("ctr", DATA, *methods, "--ratio", 3, "--ratio", 20, "--seeds", 2, *FAST, "--out", path)
+    return path
+
+
+def test_help():
+    text = run().stdout
+    for command in ("ctr", "report", "scale"):
+        assert f"  {command} " in text
+    assert "DATASET" in run("ctr", "--help").stdout
+
+
+def test_ctr_writes_a_line_a_run(runs):
+    lines = [json.loads(line) for line in runs.read_text().splitlines()]
+    keys = {line["key"]: line for line in lines}
+    assert len(keys) == 7  # two seeds each, and one run that is out of reach
+    assert {line["seed"] for line in keys.values()} == {0, 1}
+    assert {line["ratio"] for line in keys.values()} == {pytest.approx(3, rel=0.01), pytest.approx(20, rel=0.01)}
+    assert sum(line["error"] is not None for line in keys.values()) == 1
+
+
+def test_ctr_goes_on_where_it_was_stopped(runs, tmp_path):
+    copy = tmp_path / "runs.jsonl"
+    text = runs.read_text()
+    copy.write_text(text)
+    again = ["ctr", DATA, "--method", "hash", "--ratio", 20, "--ratio", 3, "--seeds", 2, *FAST, "--out", copy]
+    result = run(*again)
+    assert copy.read_text() == text
+    assert "2/2 hash, " in result.stderr
+    assert "| hash | " in result.stdout
+    run(*again, "--seeds", 3)
+    added = [json.loads(line) for line in copy.read_text()[len(text) :].splitlines()]
+    assert {line["seed"] for line in added} == {2}
+
+
+def test_ctr_as_json_with_every_kind_of_budget(tmp_path):
+    budgets = ["--bytes", "1KiB", "--floats", 200, "--ppd", 7]
+    found = json.loads(
+        run(
+            "ctr", DATA, "--method", "hash", *budgets, "--seeds", 1, *FAST, "--separate", "--json",
+            "--learning-rate", 1e-3, "--learning-rate", 1e-2, "--option", "random_state=3",
+            "--out", tmp_path / "new" / "runs.jsonl",
+        ).stdout
+    )  # fmt: skip
+    sizes = {(s["unit"], s["value"]): s["means"] for s in found["summaries"]}
+    assert sizes["nbytes", 1024]["inference_nbytes"] <= 1024
+    assert 180 <= sizes["num_floats", 200]["trained_floats"] <= 200
+    assert sizes["ppd", 7]["trained_floats"] == 7 * 2 * 8
+    lines = [json.loads(line) for line in (tmp_path / "new" / "runs.jsonl").read_text().splitlines()]
+    assert {line["learning_rate"] for line in lines} == {1e-3, 1e-2}
+    assert {json.dumps(json.loads(line["key"])[1]) for line in lines} == {'{"random_state": 3}'}
+
+
+def test_report(runs):
+    text = run("report", runs).stdout
+    assert f"### {DATA}, gmf, d = 8" in text
+    assert "Means over 2 seeds with 95 % confidence intervals" in text
+    assert "– (trains in " in text
+    found = json.loads(run("report", runs, "--json").stdout)
+    assert {s["method"] for s in found["summaries"]} == {"hash", "hash:num_rows=30"}
+    assert {w["best"] for w in found["winners"] if w["ratio"] > 10} <= {"hash", "hash:num_rows=30", None}
+
+
+def test_report_of_a_damaged_file(runs, tmp_path):
+    path = tmp_path / "runs.jsonl"
+    path.write_text(runs.read_text() + '{"key": "half')
+    result = run("report", path)
+    assert "is damaged, it was left out" in result.stderr
+    assert result.stdout == run("report", runs).stdout
+
+
+def test_report_in_a_folder(runs, tmp_path):
+    assert run("report", runs, "--out", tmp_path / "made", "--plot").stdout == ""
+    name = f"{DATA}-gmf.png"
+    assert f"]({name})" in (tmp_path / "made" / "report.md").read_text()
+    assert (tmp_path / "made" / name).read_bytes()[:4] == b"\x89PNG"
+
+
+def test_report_into_a_document(runs, tmp_path):
+    document = tmp_path / "benchmark.md"
+    document.write_text("Before.\n<!-- results begin -->\nold\n<!-- results end -->\nAfter.\n")
+    for _ in range(2):
+        run("report", runs, "--into", document, "--plot")
+        text = document.read_text()
+        assert text.startswith("Before.\n<!-- results begin -->\n### Winners")
+        assert text.endswith("<!-- results end -->\nAfter.\n")
+        assert "old" not in text
+    assert (tmp_path / f"benchmark-{DATA}-gmf.png").exists()
+
+
+def test_scale():
+    (found,) = json.loads(run("scale", "--rows", 5000, "--dim", 8, "--ratio", 50, "--steps", 20, "--json").stdout)
+    assert found["method"] == "hash"
+    assert found["inference_nbytes"] <= 4 * 5000 * 8 / 50
+    assert "  inference_nbytes: " in run("scale", "--rows", 5000, "--dim", 8, "--ratio", 50, "--steps", 20).stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (["ctr", DATA, "--method", "nothing"], 1, "unknown method 'nothing': there are "),
+        (["ctr", DATA, "--model", "nothing", "--method", "hash"], 1, "unknown model 'nothing': there are "),
+        (["ctr", "nowhere.npz", "--method", "hash"], 1, "nowhere.npz: no such file"),
+        (["ctr", DATA, "--method", "hash:rows"], 1, "NAME=VALUE, got 'rows'"),
+        (["ctr", DATA, "--bytes", "many"], 2, "--bytes: cannot read 'many'"),
+        (["ctr", DATA, "--seeds", "0"], 2, "--seeds"),
+        (["ctr"], 2, "DATASET"),
+        (["report", "nowhere.jsonl"], 1, "nowhere.jsonl"),
+        (["report", "{empty}"], 1, "no runs in "),
+        (["report", "{runs}", "--plot"], 2, "--plot needs --out FOLDER or --into FILE"),
+        (["report", "{runs}", "--into", "{empty}"], 1, "<!-- results begin -->"),
+    ],
+)
+def test_wrong_use(arguments, code, words, capsys, runs, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    empty = tmp_path / "empty.md"
+    empty.touch()
+    found, out, err = main(capsys, *(argument.format(runs=runs, empty=empty) for argument in arguments))
+    assert (found, out) == (code, "")
+    assert err.startswith("vqrs: ")
+    assert words in err
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("module", "arguments", "words"),
+    [
+        ("torch", ["ctr", DATA], "vqrs: this benchmark needs torch: pip install 'vqrs[torch]'\n"),
+        ("torch", ["scale"], "vqrs: this benchmark needs torch: pip install 'vqrs[torch]'\n"),
+        ("sklearn", ["ctr", DATA], "vqrs: this benchmark needs sklearn: pip install 'vqrs[sklearn]'\n"),
+        ("matplotlib.figure", ["report", "{runs}", "--out", "{folder}", "--plot"],
+         "vqrs: plots need matplotlib: pip install 'vqrs[plot]'\n"),
+    ],
+)  # fmt: skip
+def test_what_is_missing_is_named(module, arguments, words, capsys, runs, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, module, None)
+    found = main(capsys, *(argument.format(runs=runs, folder=tmp_path) for argument in arguments))
+    assert found == (1, "", words)
+
+
+def test_nothing_heavy_is_imported_for_help():
+    program = (
+        "import sys; from vqrs.cli import main; main(['bench', '--help']); "
+        "sys.exit(' '.join({'torch', 'sklearn', 'matplotlib'} & set(sys.modules)))"
+    )
+    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert (found.returncode, found.stderr) == (0, "")
