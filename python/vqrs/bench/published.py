@@ -45,6 +45,7 @@ OURS: dict[str, str] = {
     "concatenated": "compositional",
     "cce": "cce",
     "robe": "robe",
+    "weighted-robe": "weighted-robe",
     "low-dimensional": "low-rank",
     "dhe": "dhe",
     "cce-robe": "cce-robe",
@@ -74,7 +75,7 @@ def compare_published(members: Sequence[Summary]) -> list[Comparison]:
     ----------
     members : sequence of Summary
         Of one section. Where a method was run with several settings, those that the published runs had are found
-        first: the method without settings, or ``n_columns=4``.
+        first: ``num_columns=4``, then the method without settings.
 
     Returns
     -------
@@ -95,7 +96,7 @@ def compare_published(members: Sequence[Summary]) -> list[Comparison]:
 
 def _ours(at: Iterable[Summary], name: str | None) -> Summary | None:
     settings = {s.method.partition(":")[2]: s for s in at if s.method.partition(":")[0] == name}
-    for wanted in ("n_columns=4", ""):
+    for wanted in ("num_columns=4", ""):
         if wanted in settings:
             return settings[wanted]
     return next(iter(settings.values()), None)

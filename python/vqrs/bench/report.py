@@ -83,7 +83,7 @@ class Summary:
 
     section: Section
     method: str
-    """Name, then its settings if it was given some: ``"cce:n_columns=16"``."""
+    """Name, then its settings if it was given some: ``"cce:num_columns=16"``."""
     unit: str | None
     """What the budget counts; None for the full table, which has none."""
     value: float | None

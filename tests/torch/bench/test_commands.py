@@ -9,9 +9,10 @@ from typer.testing import CliRunner
 
 from vqrs import cli
 from vqrs._commands import app
+from vqrs.bench import scale as bench_scale
 
 DATA = "synthetic-60x50x1500"
-FAST = ["--model", "gmf", "--dim", "8", "--epochs", "1", "--batch-size", "256"]
+FAST = ["--model", "gmf", "--dim", "8", "--epochs", "1", "--batch-size", "256", "--separate"]
 
 
 def run(*arguments):
@@ -31,8 +32,8 @@ def main(capsys, *arguments):
 def runs(tmp_path_factory):
     """Raw results of two methods, one of which cannot reach the smaller budget."""
     path = tmp_path_factory.mktemp("runs") / "runs.jsonl"
-    methods = ["--method", "hash", "--method", "hash:num_rows=30"]
-    run("ctr", DATA, *methods, "--ratio", 3, "--ratio", 20, "--seeds", 2, *FAST, "--out", path)
+    methods = ["--method", "low-rank", "--method", "low-rank:rank=2"]
+    run("ctr", DATA, *methods, "--ratio", 3, "--ratio", 5, "--seeds", 2, *FAST, "--out", path)
     return path
 
 
@@ -48,7 +49,7 @@ def test_ctr_writes_a_line_a_run(runs):
     keys = {line["key"]: line for line in lines}
     assert len(keys) == 7  # two seeds each, and one run that is out of reach
     assert {line["seed"] for line in keys.values()} == {0, 1}
-    assert {line["ratio"] for line in keys.values()} == {pytest.approx(3, rel=0.01), pytest.approx(20, rel=0.01)}
+    assert {round(line["ratio"], 1) for line in keys.values()} == {3, 5}
     assert sum(line["error"] is not None for line in keys.values()) == 1
 
 
@@ -56,29 +57,29 @@ def test_ctr_goes_on_where_it_was_stopped(runs, tmp_path):
     copy = tmp_path / "runs.jsonl"
     text = runs.read_text()
     copy.write_text(text)
-    again = ["ctr", DATA, "--method", "hash", "--ratio", 20, "--ratio", 3, "--seeds", 2, *FAST, "--out", copy]
+    again = ["ctr", DATA, "--method", "low-rank", "--ratio", 5, "--ratio", 3, "--seeds", 2, *FAST, "--out", copy]
     result = run(*again)
     assert copy.read_text() == text
-    assert "2/2 hash, " in result.stderr
-    assert "| hash | " in result.stdout
+    assert "2/2 low-rank, " in result.stderr
+    assert "| low-rank | " in result.stdout
     run(*again, "--seeds", 3)
     added = [json.loads(line) for line in copy.read_text()[len(text) :].splitlines()]
     assert {line["seed"] for line in added} == {2}
 
 
 def test_ctr_as_json_with_every_kind_of_budget(tmp_path):
-    budgets = ["--bytes", "1KiB", "--floats", 200, "--ppd", 7]
+    budgets = ["--bytes", "1KiB", "--floats", 400, "--ppd", 9]
     found = json.loads(
         run(
-            "ctr", DATA, "--method", "hash", *budgets, "--seeds", 1, *FAST, "--separate", "--json",
+            "ctr", DATA, "--method", "low-rank", *budgets, "--seeds", 1, *FAST, "--json",
             "--learning-rate", 1e-3, "--learning-rate", 1e-2, "--option", "random_state=3",
             "--out", tmp_path / "new" / "runs.jsonl",
         ).stdout
     )  # fmt: skip
     sizes = {(s["unit"], s["value"]): s["means"] for s in found["summaries"]}
     assert sizes["nbytes", 1024]["inference_nbytes"] <= 1024
-    assert 180 <= sizes["num_floats", 200]["trained_floats"] <= 200
-    assert sizes["ppd", 7]["trained_floats"] == 7 * 2 * 8
+    assert 360 <= sizes["num_floats", 400]["trained_floats"] <= 400
+    assert sizes["ppd", 9]["trained_floats"] == 60 + 50 + 2 * 8
     lines = [json.loads(line) for line in (tmp_path / "new" / "runs.jsonl").read_text().splitlines()]
     assert {line["learning_rate"] for line in lines} == {1e-3, 1e-2}
     assert {json.dumps(json.loads(line["key"])[1]) for line in lines} == {'{"random_state": 3}'}
@@ -90,8 +91,8 @@ def test_report(runs):
     assert "Means over 2 seeds with 95 % confidence intervals" in text
     assert "– (trains in " in text
     found = json.loads(run("report", runs, "--json").stdout)
-    assert {s["method"] for s in found["summaries"]} == {"hash", "hash:num_rows=30"}
-    assert {w["best"] for w in found["winners"] if w["ratio"] > 10} <= {"hash", "hash:num_rows=30", None}
+    assert {s["method"] for s in found["summaries"]} == {"low-rank", "low-rank:rank=2"}
+    assert {w["best"] for w in found["winners"] if w["ratio"] > 4} <= {"low-rank", "low-rank:rank=2", None}
 
 
 def test_report_of_a_damaged_file(runs, tmp_path):
@@ -121,20 +122,24 @@ def test_report_into_a_document(runs, tmp_path):
     assert (tmp_path / f"benchmark-{DATA}-gmf.png").exists()
 
 
-def test_scale():
-    (found,) = json.loads(run("scale", "--rows", 5000, "--dim", 8, "--ratio", 50, "--steps", 20, "--json").stdout)
-    assert found["method"] == "hash"
-    assert found["inference_nbytes"] <= 4 * 5000 * 8 / 50
-    assert "  inference_nbytes: " in run("scale", "--rows", 5000, "--dim", 8, "--ratio", 50, "--steps", 20).stdout
+def test_scale(monkeypatch):
+    asked = ["scale", "--method", "low-rank", "--rows", 5000, "--dim", 8, "--ratio", 5, "--steps", 20]
+    (found,) = json.loads(run(*asked, "--json").stdout)
+    assert found["method"] == "low-rank"
+    assert found["inference_nbytes"] <= 4 * 5000 * 8 / 5
+    monkeypatch.setattr(bench_scale, "run_scale", lambda *_, **__: found | {"exported_nbytes": None})
+    text = run(*asked).stdout
+    assert f"  inference_nbytes: {found['inference_nbytes']:,} (" in text
+    assert "  exported_nbytes: None\n" in text
 
 
 @pytest.mark.parametrize(
     ("arguments", "code", "words"),
     [
         (["ctr", DATA, "--method", "nothing"], 1, "unknown method 'nothing': there are "),
-        (["ctr", DATA, "--model", "nothing", "--method", "hash"], 1, "unknown model 'nothing': there are "),
-        (["ctr", "nowhere.npz", "--method", "hash"], 1, "nowhere.npz: no such file"),
-        (["ctr", DATA, "--method", "hash:rows"], 1, "NAME=VALUE, got 'rows'"),
+        (["ctr", DATA, "--model", "nothing", "--method", "low-rank"], 1, "unknown model 'nothing': there are "),
+        (["ctr", "nowhere.npz", "--method", "low-rank"], 1, "nowhere.npz: no such file"),
+        (["ctr", DATA, "--method", "low-rank:rank"], 1, "NAME=VALUE, got 'rank'"),
         (["ctr", DATA, "--bytes", "many"], 2, "--bytes: cannot read 'many'"),
         (["ctr", DATA, "--seeds", "0"], 2, "--seeds"),
         (["ctr"], 2, "DATASET"),
@@ -174,7 +179,7 @@ def test_what_is_missing_is_named(module, arguments, words, capsys, runs, tmp_pa
 def test_nothing_heavy_is_imported_for_help():
     program = (
         "import sys; from vqrs.cli import main; main(['bench', '--help']); "
-        "sys.exit(' '.join({'torch', 'sklearn', 'matplotlib'} & set(sys.modules)))"
+        "sys.exit(' '.join({'torch', 'sklearn', 'matplotlib'} & set(sys.modules)) or 0)"
     )
     found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert (found.returncode, found.stderr) == (0, "")

@@ -129,8 +129,8 @@ def test_without_a_choice_the_first_seed_of_the_best_on_validation_counts():
 
 
 def test_settings_are_part_of_the_method():
-    lines = [run("cce", variant={"n_columns": 4}), run("cce", variant={"n_columns": 16}), run("cce")]
-    assert [s.method for s in report.summarise(lines)] == ["cce:n_columns=4", "cce:n_columns=16", "cce"]
+    lines = [run("cce", variant={"num_columns": 4}), run("cce", variant={"num_columns": 16}), run("cce")]
+    assert [s.method for s in report.summarise(lines)] == ["cce:num_columns=4", "cce:num_columns=16", "cce"]
 
 
 def test_runs_of_other_options_are_not_mixed():
@@ -288,18 +288,18 @@ def test_beside_published():
     lines = [
         run("full", None, 0, 0.897, dataset="synthetic-10m"),
         at_ppd("hash", 2048, 0.57),
-        at_ppd("cce", 2048, 0.70, variant={"n_columns": 16}),
-        at_ppd("cce", 2048, 0.68, variant={"n_columns": 4}),
+        at_ppd("cce", 2048, 0.70, variant={"num_columns": 16}),
+        at_ppd("cce", 2048, 0.68, variant={"num_columns": 4}),
     ]
     compared = {(one.ppd, one.published_method): one for one in published.compare_published(report.summarise(lines))}
-    assert compared[2048, "cce"].ours.method == "cce:n_columns=4"
+    assert compared[2048, "cce"].ours.method == "cce:num_columns=4"
     assert compared[2048, "cce"].difference == pytest.approx(0.002)
     assert compared[None, "full"].difference == pytest.approx(0.002)
     assert compared[256, "cce"].difference is None
     text = published.markdown_published(report.summarise(lines))
     assert "| 2048 | hash | 0.567 | hash | 0.5700 | +0.0030 |" in text
     assert "| 8192 | robe | 0.843 | – | – | – |" in text
-    assert "| 2048 | cce 0.678 | cce:n_columns=16 | 0.7000 | +0.0220 |" in text
+    assert "| 2048 | cce 0.678 | cce:num_columns=16 | 0.7000 | +0.0220 |" in text
     assert text in report.markdown_report(report.summarise(lines))
 
 
