@@ -78,7 +78,7 @@ class Plan:
         Names of ``vqrs.torch.methods()``, each with settings if wanted: ``"cce:n_columns=16"``.
     budgets : sequence of Budget
     models : sequence of str
-        Names of ``vqrs.bench.models.models()``.
+        Names of ``vqrs.bench.models.models()``, each with settings if wanted: ``"gmf:weights=False"``.
     seeds : int
         Number of runs with different hashes, initial weights and orders.
     embedding_dim : int
@@ -126,7 +126,7 @@ class Cell:
 
 
 def parse_method(text: str) -> tuple[str, dict[str, Any]]:
-    """Name and settings of a method.
+    """Name and settings of a method or a model.
 
     Raises
     ------
@@ -233,7 +233,7 @@ def _check(plan: Plan) -> None:
 
     for what, asked, known in (
         ("method", [parse_method(method)[0] for method in plan.methods], vqrs.torch.methods()),
-        ("model", plan.models, models()),
+        ("model", [parse_method(model)[0] for model in plan.models], models()),
         ("kind to compress with", plan.compress, ["auto", *(kind["name"] for kind in vqrs.kinds())]),
     ):
         for name in asked:
@@ -384,8 +384,9 @@ class _Worker:
             **budget,
             **variant,
         )
-        return models()[cell.model](
-            embedding, dataset.field_sizes, plan.embedding_dim, dataset.n_numeric, random_state=seed
+        model, widths = parse_method(cell.model)
+        return models()[model](
+            embedding, dataset.field_sizes, plan.embedding_dim, dataset.n_numeric, random_state=seed, **widths
         )
 
     def _least_training_nbytes(self, cell: Cell, name: str, variant: dict[str, Any]) -> int | None:

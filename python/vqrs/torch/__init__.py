@@ -17,7 +17,7 @@ from vqrs.torch.model import compress_, decompress_
 from vqrs.torch.pretrained import from_pretrained, load_state_dict_, register_with_transformers, save_pretrained
 from vqrs.torch.report import CompressedModule, CompressionReport
 from vqrs.torch.tied import ScaledEmbedding, TiedLinear
-from vqrs.torch.trained import TrainedEmbedding, methods
+from vqrs.torch.trained import TrainedEmbedding, TrainingHooks, methods
 from vqrs.torch.training import EMACodebooks, Reassignment
 
 __all__ = [
@@ -31,6 +31,7 @@ __all__ = [
     "ScaledEmbedding",
     "TiedLinear",
     "TrainedEmbedding",
+    "TrainingHooks",
     "compress_",
     "decompress_",
     "distill",

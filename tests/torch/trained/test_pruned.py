@@ -8,12 +8,14 @@ import numpy as np
 import pytest
 import torch
 
+from vqrs.torch.trained.autosrh import AutoSrhEmbedding
 from vqrs.torch.trained.deeplight import DeepLightEmbedding, sparsity_at
 from vqrs.torch.trained.export import as_table
+from vqrs.torch.trained.pep import PEPEmbedding, soft_threshold
 from vqrs.torch.trained.positions import pack_positions, positions_nbytes, unpack_positions
 from vqrs.torch.trained.pruned import above, find_cut, sparse_part
 
-METHODS = [DeepLightEmbedding]
+METHODS = [DeepLightEmbedding, PEPEmbedding, AutoSrhEmbedding]
 every_method = pytest.mark.parametrize("method", METHODS)
 
 
@@ -201,7 +203,9 @@ def test_evaluation_follows_the_weights(method):
 @every_method
 def test_training_holds_the_whole_table_and_then_the_kept_values(method):
     module = method(1000, 16, ratio=10, random_state=0)
-    assert module.training_nbytes() == 4 * 4 * 16_000
+    moved = sum(p.numel() for p in module.parameters())
+    assert moved >= 16_000
+    assert module.training_nbytes() == 4 * 4 * moved + sum(b.numel() * b.element_size() for b in module.buffers())
     module.enter_stage(module.stages[-1])
     assert module.training_nbytes() == 16 * module.kept + 4 * 1001 + module.kept + extra(module)
 
@@ -259,3 +263,116 @@ def test_deeplight_takes_the_papers_pace_where_there_are_steps_enough():
     module.on_step(loop)
     assert int((module.weight == 0).sum()) == int(sparsity_at(1000, 0.5) * 800)
     assert not module.finished
+
+
+# -- PEP ------------------------------------------------------------------------------------------------------------
+
+
+def test_soft_threshold():
+    values = torch.tensor([[0.5, -0.3, 0.1]])
+    found = soft_threshold(values, torch.tensor([[-1.0, -1.0, -1.0]]))
+    cut = 1 / (1 + np.e)
+    np.testing.assert_allclose(found, [[0.5 - cut, -(0.3 - cut), 0]], rtol=1e-6)
+    torch.testing.assert_close(soft_threshold(values, torch.tensor(-100.0)), values)
+
+
+@pytest.mark.parametrize(
+    ("granularity", "shape"),
+    [("feature-dimension", (60, 8)), ("dimension", (1, 8)), ("feature", (60, 1)), ("global", (1, 1))],
+)
+def test_pep_takes_up_the_initial_weights_again(granularity, shape):
+    module = PEPEmbedding(60, 8, sparsity=0.8, granularity=granularity, random_state=0)
+    assert module.threshold.shape == shape
+    begun = module.weight.detach().clone()
+    Loop(module).run("search")
+    scores = (module.weight.abs() - module.threshold.sigmoid()).detach()
+    assert not torch.equal(module.weight, begun)
+    module.enter_stage("retrain")
+    assert [p.numel() for p in module.parameters()] == [96, 0]
+    rows = module(torch.arange(60)).detach()
+    assert torch.equal(rows[rows != 0], begun[rows != 0])
+    assert scores[rows != 0].min() >= scores[rows == 0].max()
+
+
+def test_pep_ends_its_search_at_the_target():
+    module = PEPEmbedding(60, 8, sparsity=0.5, random_state=0)
+    shares = []
+    loop = Loop(module, 4, 50, rate=0.001).run("search", lambda loop: shares.append(int((module._scores() > 0).sum())))
+    assert module.finished
+    assert loop.step < 100
+    assert shares[0] == 480
+    assert shares[-1] <= 240 < shares[-11]
+    assert (module.threshold > -15).all()
+
+
+def test_pep_thresholds_learn():
+    module = PEPEmbedding(60, 8, random_state=0, threshold_init=-1.0)
+    loss = module(torch.arange(60)).sum()
+    loss.backward()
+    weight, cut = module.weight.detach(), torch.tensor(-1.0).sigmoid()
+    expected = -(weight.sign() * (weight.abs() > cut)).sum(0) * cut * (1 - cut)
+    torch.testing.assert_close(module.threshold.grad[0], expected)
+
+
+# -- AutoSrh --------------------------------------------------------------------------------------------------------
+
+
+def test_autosrh_groups_by_frequency():
+    frequencies = np.random.default_rng(0).permutation(60)
+    module = AutoSrhEmbedding(60, 8, frequencies=frequencies, random_state=0)
+    assert module.group.tolist() == ((59 - frequencies) // 10).tolist()
+    assert AutoSrhEmbedding(60, 8, random_state=0).alpha.shape == (1, 8)
+    with torch.no_grad():
+        module.alpha[2] = 0.5
+    ids = torch.arange(60)
+    factor = torch.where(module.group == 2, 0.5, 1.0)[:, None]
+    assert torch.equal(module(ids), module.weight * factor)
+
+
+def test_autosrh_moves_alpha_alone_in_its_step():
+    module = AutoSrhEmbedding(60, 8, frequencies=range(60), random_state=0)
+    loop = Loop(module, 1, 10)
+    weight, alpha = module.weight.detach().clone(), module.alpha.detach().clone()
+    loop.step = 1
+    module.on_step(loop)
+    assert torch.equal(module.weight, weight)
+    assert module.weight.grad is None
+    moved = (module.alpha - alpha).abs()
+    # The largest entry moves by the whole rate, or stops at its bound of 1.
+    assert 0 < moved.max() <= 0.1 + 1e-6
+    assert not any(module.alpha is p for group in module.parameter_groups() for p in group["params"])
+
+
+def test_autosrh_alpha_falls_where_a_column_only_hurts():
+    module = AutoSrhEmbedding(40, 4, frequencies=range(40), search_epochs=1, random_state=0)
+    loop = Loop(module, 1, 20, rate=0.0)
+    loop.target[:] = module.weight.detach()
+    loop.target[:, 3] = 0
+    loop.run("search")
+    alpha = module.alpha.detach()
+    assert alpha[:, 3].mean() < 0.5
+    assert alpha[:, :3].min() > 0.9
+
+
+def test_autosrh_keeps_alpha_in_the_weights():
+    module = AutoSrhEmbedding(60, 8, sparsity=0.5, frequencies=range(60), random_state=0)
+    Loop(module).run("search")
+    product = (module.weight * module.alpha[module.group.long()]).detach()
+    module.enter_stage("retrain")
+    rows = module(torch.arange(60)).detach()
+    assert torch.equal(rows[rows != 0], product[rows != 0])
+    assert product[rows == 0].abs().max() <= rows[rows != 0].abs().min()
+    assert len(module.group) == len(module.alpha) == 0
+
+
+@pytest.mark.parametrize(
+    ("method", "settings", "message"),
+    [
+        (PEPEmbedding, {"granularity": "row"}, "granularity must be one of feature-dimension, dimension"),
+        (PEPEmbedding, {"threshold_init": 1}, "threshold_init must be below -0.1, got 1"),
+        (AutoSrhEmbedding, {"num_groups": 0}, "num_groups must be from 1 to 256, got 0"),
+    ],
+)
+def test_errors_of_settings(method, settings, message):
+    with pytest.raises(ValueError, match=message):
+        method(100, 8, **settings)

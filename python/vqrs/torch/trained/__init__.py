@@ -7,8 +7,9 @@ import pkgutil
 from importlib import import_module
 
 from vqrs.torch.trained.base import Budget, Size, TrainedEmbedding, Training, reset_optimizer_state
+from vqrs.torch.trained.hooks import TrainingHooks
 
-__all__ = ["Budget", "Size", "TrainedEmbedding", "Training", "methods", "reset_optimizer_state"]
+__all__ = ["Budget", "Size", "TrainedEmbedding", "Training", "TrainingHooks", "methods", "reset_optimizer_state"]
 
 _FOUND: dict[str, type[TrainedEmbedding]] = {}
 

@@ -66,7 +66,7 @@ class Training(Protocol):
     step: int
     """Optimizer steps done in this stage, the present one included."""
     epoch: int
-    """Epochs done in this stage, the present one included where ``on_epoch`` is called."""
+    """The epoch of this stage that is being trained, or has just been where ``on_epoch`` is called; from 1."""
     epochs: int
     """Most epochs that this stage will last."""
     steps_per_epoch: int
