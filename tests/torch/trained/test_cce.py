@@ -284,7 +284,7 @@ def test_health_and_the_warning_of_collapse():
         ({"pointer_share": 2}, "pointer_share must be from 0 to 1, got 2"),
         ({"num_rows": 0}, "num_rows must be at least 1, got 0"),
         ({"hot_ids": -1}, "hot_ids must be at least 0"),
-        ({"num_rows": 20, "nbytes": 100}, "cce of 20 rows needs at least 2576 bytes"),
+        ({"num_rows": 20, "nbytes": 100}, "cce of that size needs at least 2576 bytes"),
     ],
 )
 def test_errors(settings, message):

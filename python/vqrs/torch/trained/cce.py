@@ -233,8 +233,8 @@ class CCEEmbedding(TrainedEmbedding):
         self.num_columns, self.bits, self.cluster_epochs = int(num_columns), bits, cluster_epochs
         self.num_rows, hot = self._sizes(num_rows, hot_ids, pointer_share)
         self.weighted = weighted
-        shape = (2, self.num_columns, self.num_rows, self._inner_dim // self.num_columns)
-        self.weight = nn.Parameter(self.uniform(*shape, bound=(2 * self.embedding_dim) ** -0.5).to(device))
+        values = self.uniform(2, self.num_rows * self._row_floats, bound=(2 * self.embedding_dim) ** -0.5)
+        self.weight = nn.Parameter(self._as_tables(values).to(device))
         self.register_buffer("table_seeds", self.seeds(2).to(device))
         self.register_buffer("pointers", torch.empty(0, dtype=torch.uint8, device=device))
         self.hot = None if hot == self.num_embeddings else HotIds(self._hottest(hot), self.num_embeddings).to(device)
@@ -244,43 +244,42 @@ class CCEEmbedding(TrainedEmbedding):
     def _cost(self, num_rows: int, hot: int) -> Size:
         """Of that many rows a table, with pointers for that many ids."""
         n = self.num_embeddings
-        floats = 2 * num_rows * self.embedding_dim
+        floats = 2 * num_rows * self._row_floats
         nbytes = floats * self.bits // 8 + 2 * _SEED_BYTES
         if self.bits == 8:
-            nbytes += 2 * self.num_columns * FLOAT_BYTES
-        if num_rows < n:
+            nbytes += 2 * self._num_scales * FLOAT_BYTES
+        if num_rows < self._most_rows:
             nbytes += hot * self._pointer_nbytes(num_rows)
         return Size(floats, nbytes + (HotIds.nbytes(hot, n) if hot < n else 0))
 
     def _pointer_nbytes(self, num_rows: int) -> int:
-        return -(-self.num_columns * _width(num_rows) // 8)
+        return -(-self.num_columns * _width(self._num_places(num_rows)) // 8)
 
     def _sizes(self, num_rows: int | None, hot: int | None, share: float) -> tuple[int, int]:
         """Rows of a table, and ids with pointers."""
-        n, budget = self.num_embeddings, self.budget
+        n, budget, least, most = self.num_embeddings, self.budget, self._least_rows, self._most_rows
         hot = None if hot is None else min(hot, n)
+        num_rows = None if num_rows is None else min(num_rows, most)
         if budget is None:
-            return min(num_rows or -(-n // 20), n), n if hot is None else hot
-        if budget.allows(self._cost(n, n)) and num_rows is None and hot is None:
-            return n, n
+            return num_rows or max(-(-most // 20), least), n if hot is None else hot
         if num_rows is not None:
-            num_rows = min(num_rows, n)
-            least = hot or 0
-            if not budget.allows(self._cost(num_rows, least)):
-                raise budget.unreachable(self._cost(num_rows, least), f"{self.name} of {num_rows} rows")
+            if not budget.allows(self._cost(num_rows, hot or 0)):
+                raise budget.unreachable(self._cost(num_rows, hot or 0), f"{self.name} of that size")
             if hot is None:
                 hot = n if budget.allows(self._cost(num_rows, n)) else self._affordable_hot(num_rows)
             return num_rows, hot
+        if hot is None and budget.allows(self._cost(most, n)):
+            return most, n
         if hot is not None or budget.unit == "floats":
             ids = n if hot is None else hot
-            return budget.largest(lambda rows: self._cost(rows, ids), 1, n, self.name), ids
+            return budget.largest(lambda rows: self._cost(rows, ids), least, most, self.name), ids
         for_tables = budget._replace(limit=budget.limit - int(share * budget.limit))
-        if for_tables.allows(self._cost(1, 0)):
-            num_rows = for_tables.largest(lambda rows: self._cost(rows, 0), 1, n, self.name)
+        if for_tables.allows(self._cost(least, 0)):
+            num_rows = for_tables.largest(lambda rows: self._cost(rows, 0), least, most, self.name)
         else:
-            num_rows = budget.largest(lambda rows: self._cost(rows, 0), 1, 1, self.name)
+            num_rows = budget.largest(lambda rows: self._cost(rows, 0), least, least, self.name)
         if budget.allows(self._cost(num_rows, n)):
-            return budget.largest(lambda rows: self._cost(rows, n), num_rows, n - 1, self.name), n
+            return budget.largest(lambda rows: self._cost(rows, n), num_rows, most - 1, self.name), n
         return num_rows, self._affordable_hot(num_rows)
 
     def _affordable_hot(self, num_rows: int) -> int:
@@ -294,20 +293,68 @@ class CCEEmbedding(TrainedEmbedding):
         # Equal frequencies: the lower id first, so that ids are the same everywhere.
         return torch.from_numpy(np.sort(np.argsort(-self._frequencies, kind="stable")[:hot]))
 
+    # -- what another shape of the tables changes ---------------------------------------------------------------------
+
     @property
     def _inner_dim(self) -> int:
         """Values of the columns together."""
         return self.embedding_dim
+
+    @property
+    def _row_floats(self) -> int:
+        """Floats that one more row takes in a table."""
+        return self._inner_dim
+
+    @property
+    def _num_scales(self) -> int:
+        """Scales of a table, where values are integers."""
+        return self.num_columns
+
+    @property
+    def _least_rows(self) -> int:
+        return 1
+
+    @property
+    def _most_rows(self) -> int:
+        """Where each id has vectors of its own."""
+        return self.num_embeddings
+
+    def _num_places(self, num_rows: int) -> int:
+        """Values of a pointer."""
+        return num_rows
+
+    def _as_tables(self, values: Tensor) -> Tensor:
+        """The weight out of the values of the two tables, of shape (2, values)."""
+        return values.reshape(2, self.num_columns, self.num_rows, -1)
+
+    def _own_places(self, ids: Tensor) -> Tensor:
+        """Pointers where each id has vectors of its own."""
+        return ids[:, None].expand(-1, self.num_columns)
+
+    def _pieces(self, weight: Tensor, table: int, places: Tensor) -> Tensor:
+        """Vectors at places of shape (n, num_columns): (n * num_columns, width)."""
+        starts = (torch.arange(self.num_columns, device=places.device) + table * self.num_columns) * self.num_rows
+        # index_select: its gradient is many times faster than that of an embedding with short rows.
+        return weight.flatten(0, 2).index_select(0, (places + starts).reshape(-1))
+
+    def _term(self, table: int, column: int, array: Tensor, place: dict[str, Any], scale: Scalar | None) -> Term:
+        width = self._inner_dim // self.num_columns
+        return Term(array, place, column * width, width, offset=column * self.num_rows * width, weight=scale)
 
     # -- rows -------------------------------------------------------------------------------------------------------
 
     @property
     def _whole(self) -> bool:
         """A vector for each id: ids are pointers themselves."""
-        return self.num_rows == self.num_embeddings
+        return self.num_rows == self._most_rows
+
+    @property
+    def _bits_of_pointers(self) -> int:
+        return _width(self._num_places(self.num_rows))
 
     def _hashes(self, ids: Tensor, table: int) -> Tensor:
-        return hash_ids(ids[:, None], derived_seeds(self.table_seeds[table], self.num_columns), self.num_rows)
+        seeds = derived_seeds(self.table_seeds[table], self.num_columns)
+        return hash_ids(ids[:, None], seeds, self._num_places(self.num_rows))
 
     def pointers_of(self, ids: Tensor) -> Tensor:
         """The vector of ``weight[0]`` that each id points to in each column.
@@ -321,13 +368,13 @@ class CCEEmbedding(TrainedEmbedding):
         int64 tensor of shape (n, num_columns)
         """
         if self._whole:
-            return ids[:, None].expand(-1, self.num_columns)
+            return self._own_places(ids)
         if not len(self.pointers):
             return self._hashes(ids, 0)
         if self.hot is None:
-            return unpack_bits(self.pointers[ids], _width(self.num_rows), self.num_columns)
+            return unpack_bits(self.pointers[ids], self._bits_of_pointers, self.num_columns)
         found, places = self.hot.find(ids)
-        learned = unpack_bits(self.pointers[places], _width(self.num_rows), self.num_columns)
+        learned = unpack_bits(self.pointers[places], self._bits_of_pointers, self.num_columns)
         return learned.where(found[:, None], self._hashes(ids, 0))
 
     def _scales(self) -> Tensor:
@@ -347,13 +394,9 @@ class CCEEmbedding(TrainedEmbedding):
 
     def _parts(self, ids: Tensor) -> Tensor:
         """Vectors of the columns: (n, num_columns, width)."""
-        width = self.weight.shape[-1]
-        flat = self.stored_weight().reshape(-1, width)
-        starts = torch.arange(2 * self.num_columns, device=ids.device).reshape(2, -1) * self.num_rows
-        # index_select: its gradient is many times faster than that of an embedding with short rows.
-        first = flat.index_select(0, (self.pointers_of(ids) + starts[0]).reshape(-1))
-        second = flat.index_select(0, (self._hashes(ids, 1) + starts[1]).reshape(-1))
-        return (first + second).reshape(len(ids), self.num_columns, width)
+        weight = self.stored_weight()
+        parts = self._pieces(weight, 0, self.pointers_of(ids)) + self._pieces(weight, 1, self._hashes(ids, 1))
+        return parts.reshape(len(ids), self.num_columns, -1)
 
     def rows(self, ids: Tensor) -> Tensor:
         """Columns of the ids, one after another."""
@@ -375,14 +418,14 @@ class CCEEmbedding(TrainedEmbedding):
         return as_table(self, self._as_part())
 
     def _as_part(self) -> Part:
-        n, columns, rows = self.num_embeddings, self.num_columns, self.num_rows
-        hashes = [[hashed(seed, rows) for seed in derived_seeds(own, columns)] for own in self.table_seeds]
+        n, columns, places = self.num_embeddings, self.num_columns, self._num_places(self.num_rows)
+        hashes = [[hashed(seed, places) for seed in derived_seeds(own, columns)] for own in self.table_seeds]
         second = self._terms(1, hashes[1])
         if self._whole or not len(self.pointers):
             first = self._terms(0, [digit(n)] * columns if self._whole else hashes[0])
             return hashed_part(self._inner_dim, [*first, *second], rows=n)
-        learned = self._terms(0, [stored(column, rows) for column in range(columns)])
-        part = hashed_part(self._inner_dim, learned, codes=self.pointers.cpu().numpy(), bits=_width(rows))
+        learned = self._terms(0, [stored(column, places) for column in range(columns)])
+        part = hashed_part(self._inner_dim, learned, codes=self.pointers.cpu().numpy(), bits=self._bits_of_pointers)
         if self.hot is not None:
             others = hashed_part(self._inner_dim, self._terms(0, hashes[0]), rows=n)
             once = {f"otherwise.{name}": f"cases.0.decoder.{name}" for name in part.tensors}
@@ -391,21 +434,14 @@ class CCEEmbedding(TrainedEmbedding):
 
     def _terms(self, table: int, places: Sequence[dict[str, Any]]) -> list[Term]:
         """The columns of a table, each at its place."""
-        width = self.weight.shape[-1]
-        scales = self._scales()[table].float().flatten()
-        array = self.weight.detach()[table]
+        array, scales = self.weight.detach()[table], self._scales()[table].float().flatten()
         if self.bits < 32:
             array = array.half() if self.bits == 16 else self._levels()[table].to(torch.int8)
-        return [
-            Term(
-                array,
-                place,
-                start=column * width,
-                offset=column * self.num_rows * width,
-                weight=Scalar(scales, digit(1), offset=column) if self.bits == 8 else None,
-            )
-            for column, place in enumerate(places)
-        ]
+        terms = []
+        for column, place in enumerate(places):
+            scale = Scalar(scales, digit(1), offset=column % len(scales)) if self.bits == 8 else None
+            terms.append(self._term(table, column, array, place, scale))
+        return terms
 
     # -- clustering -------------------------------------------------------------------------------------------------
 
@@ -464,19 +500,8 @@ class CCEEmbedding(TrainedEmbedding):
         return bits.reshape(-1).nonzero()[:, 0]
 
     def _centers(self) -> NDArray[np.float32]:
-        """k-means of each column on a sample of ids: (num_columns, num_rows, width)."""
-        # Of fewer hot ids than clusters nothing can be learned: then all ids are asked.
-        pool = self._learned_ids() if self._num_learned >= self.num_rows else None
-        count = self.num_embeddings if pool is None else len(pool)
-        size = min(count, self.samples_per_cluster * self.num_rows)
-        if count < 8 * size:
-            sample = torch.randperm(count, generator=self._generator)[:size]
-        else:
-            sample = torch.randint(count, (size,), generator=self._generator)
-        ids = sample.to(self.weight.device) if pool is None else pool[sample.to(pool.device)]
-        # Ids that were never seen count little, not nothing: k-means wants a weight somewhere.
-        seen = self._frequencies if self.weighted else None
-        weights = None if seen is None else seen[ids.cpu().numpy()] + _UNSEEN
+        """k-means of each column: the new ``weight[0]``."""
+        ids, weights = self._sample(self.samples_per_cluster * self.num_rows)
         columns = self._columns(ids)
         starts: list[Any] = [None] * self.num_columns
         if self.hot is not None:
@@ -493,6 +518,21 @@ class CCEEmbedding(TrainedEmbedding):
             ]
         )
 
+    def _sample(self, size: int) -> tuple[Tensor, NDArray[np.float64] | None]:
+        """Ids that k-means learns from, and their weights."""
+        # Of fewer hot ids than clusters nothing can be learned: then all ids are asked.
+        pool = self._learned_ids() if self._num_learned >= self.num_rows else None
+        count = self.num_embeddings if pool is None else len(pool)
+        size = min(count, size)
+        if count < 8 * size:
+            sample = torch.randperm(count, generator=self._generator)[:size]
+        else:
+            sample = torch.randint(count, (size,), generator=self._generator)
+        ids = sample.to(self.weight.device) if pool is None else pool[sample.to(pool.device)]
+        # Ids that were never seen count little, not nothing: k-means wants a weight somewhere.
+        seen = self._frequencies if self.weighted else None
+        return ids, None if seen is None else seen[ids.cpu().numpy()] + _UNSEEN
+
     def _columns(self, ids: Tensor) -> NDArray[np.float32]:
         """Present vectors: (num_columns, n, width)."""
         return self._parts(ids).float().transpose(0, 1).contiguous().cpu().numpy()
@@ -501,7 +541,7 @@ class CCEEmbedding(TrainedEmbedding):
         """Packed numbers of the nearest centres."""
         pairs = zip(self._columns(ids), centers, strict=True)
         labels = np.stack([_core.kmeans_predict(column, of, "euclidean")[0] for column, of in pairs], axis=1)
-        return pack_bits(torch.from_numpy(labels).long(), _width(self.num_rows))
+        return pack_bits(torch.from_numpy(labels).long(), self._bits_of_pointers)
 
     def health(self) -> dict[str, float]:
         """Whether pointers tell ids apart.
@@ -526,13 +566,16 @@ class CCEEmbedding(TrainedEmbedding):
         ids = torch.arange(0, self.num_embeddings, -(-self.num_embeddings // _BLOCK), device=self.weight.device)
         pointers = self.pointers_of(ids).cpu()
         columns = [_entropy(column) for column in pointers.T]
-        pairs = [_entropy(pointers[:, j - 1] * self.num_rows + pointers[:, j]) for j in range(1, self.num_columns)]
+        pairs = [
+            _entropy(pointers[:, j - 1] * self._num_places(self.num_rows) + pointers[:, j])
+            for j in range(1, self.num_columns)
+        ]
         return columns, pairs, len(ids)
 
     def _collapse(self) -> str:
         """What is wrong with the pointers, if anything is."""
         columns, pairs, n = self._entropies()
-        possible = math.log2(min(n, self.num_rows))
+        possible = math.log2(min(n, self._num_places(self.num_rows)))
         if min(columns) < possible / 4:
             return f"those of a column have an entropy of {min(columns):.2f} bits, {possible:.2f} are possible"
         for j, pair in enumerate(pairs):
