@@ -226,6 +226,21 @@ def _gather(rest: Rows, rows: Rows, starts: NDArray[np.int64]) -> Rows:
     )
 
 
+def places_in(known: NDArray[Any], values: NDArray[Any]) -> NDArray[np.int64]:
+    """1 + the place of each value in the sorted array, 0 for values that are not in it.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> places_in(np.array([3, 5]), np.array([5, 4, 3, 9]))
+    array([2, 0, 1, 0])
+    """
+    if not len(known):
+        return np.zeros(len(values), dtype=np.int64)
+    places = np.minimum(np.searchsorted(known, values), len(known) - 1)
+    return np.where(known[places] == values, places + 1, 0)
+
+
 def open_dataset(source: str | Path, **options: Any) -> Dataset:
     """A data set by its name or from its files.
 

@@ -1,23 +1,32 @@
-"""Formats of data sets that are kept as arrays: implicit feedback by user, and rows of ids with a label."""
+"""All formats that data sets are read from: text, prepared folders, lists of implicit feedback, arrays of ids."""
 
 from __future__ import annotations
 
+import functools
+import re
+import shutil
+import tempfile
+import weakref
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from vqrs.bench.datasets import SPLITS, Dataset, Rows
+from vqrs.bench.datasets import SPLITS, Dataset, Rows, places_in
+from vqrs.bench.prepared import is_prepared, open_prepared, save
+from vqrs.bench.text import TEXT_FORMATS, TextFormat, prepare_text
 
-__all__ = ["feedback_dataset", "read"]
+__all__ = ["FORMATS", "feedback_dataset", "prepare", "read"]
 
 VALIDATION_SHARE = 0.1
 
 
 def read(source: Path, *, format: str | None = None, **options: Any) -> Dataset:
     """The data set in a file or folder.
+
+    A text is prepared in a temporary folder each time; for a large one, call :func:`prepare` once.
 
     Parameters
     ----------
@@ -26,7 +35,8 @@ def read(source: Path, *, format: str | None = None, **options: Any) -> Dataset:
     format : str, optional
         Name of the format; by default it is recognised.
     **options
-        Those of the format: ``random_state`` of the negatives and ``name``.
+        Those of the format: ``name`` for all; ``min_count`` for text and ``flights``; ``split`` for text
+        (see :func:`prepare`); ``random_state`` of the negatives for ``gowalla`` and ``lightgcn``.
 
     Returns
     -------
@@ -37,15 +47,110 @@ def read(source: Path, *, format: str | None = None, **options: Any) -> Dataset:
     FileNotFoundError
         There is no such file.
     ValueError
-        The format is unknown.
+        The format is unknown, or the file is not of it.
     """
     if not source.exists():
         raise FileNotFoundError(f"{source}: no such file or folder, and no name of a synthetic data set.")
-    if format is None:
-        format = next((name for name, (recognises, _) in FORMATS.items() if recognises(source)), None)
-    if format not in FORMATS:
+    return FORMATS[_format_of(source, format)].read(source, **options)
+
+
+def prepare(
+    source: str | Path,
+    folder: str | Path,
+    *,
+    format: str | None = None,
+    overwrite: bool = False,
+    progress: Callable[[str, int], None] | None = None,
+    **options: Any,
+) -> Path:
+    r"""A file or folder of a known format into a folder of mapped arrays, which ``open_dataset`` opens at once.
+
+    =============== ============================================= ===============================================
+    format          what                                          splits: training, validation, test
+    =============== ============================================= ===============================================
+    criteo-kaggle   ``train.txt``: label, 13 numbers, 26          by place in the file: six sevenths, and the
+                    categories, tabs                              halves of the last
+    criteo-terabyte ``day_0`` … ``day_23``, the same columns      by day: all but the last, and its halves
+    avazu           ``train.csv`` with header                     by hour: all but the last day, and its halves
+    movielens       ``u.data``, ``ratings.dat``, ``ratings.csv``; by timestamp: 80 %, 10 %, 10 % of the rows; equal
+                    4 stars and more are label 1                  times stay together
+    insteval        csv of the data set of R's lme4; marks of 4   by a hash of the row's number: 80 %, 10 %, 10 %
+                    and more are label 1
+    gowalla         npz of index lists, training and test         given; a random tenth of the pairs of training
+                                                                  is for validation
+    lightgcn        ``train.txt`` and ``test.txt``, a user and    as gowalla
+                    its items a line
+    flights         npz of ids with a split                       given
+    =============== ============================================= ===============================================
+
+    All text may be gzipped (``.gz``). A field's ids are those of the training rows; id 0 stands for all others, and for
+    those that are rarer than ``min_count``. Empty categories are an id like any other. Numbers x become log(1 + x),
+    missing and negative ones 0. Of Avazu's time, the hour of the day and the weekday are fields.
+
+    Text is read two or three times, and memory grows with the distinct ids only. The folder is written under another
+    name and renamed when it is whole.
+
+    Parameters
+    ----------
+    source : path
+        What is read.
+    folder : path
+        What is made.
+    format : str, optional
+        Name of the format; by default it is recognised.
+    overwrite : bool, default=False
+        Replace the folder if it is there.
+    progress : callable, optional
+        Called with (stage, rows read) while text is read.
+    **options
+        ``name``; ``min_count=1`` (text and ``flights``); ``split="time"`` or ``"hash"`` (text: by time as in the table,
+        or by a hash of the row's number); ``random_state=0`` of the negatives (``gowalla``, ``lightgcn``).
+
+    Returns
+    -------
+    path
+        The folder.
+
+    Raises
+    ------
+    FileExistsError
+        The folder is there and not empty, and is not to be replaced.
+    FileNotFoundError
+        There is no such source.
+    ValueError
+        The format is unknown, a line is not of it (the message names the line), or a split has no rows.
+
+    Examples
+    --------
+    >>> import pathlib, tempfile
+    >>> from vqrs.bench import open_dataset
+    >>> folder = pathlib.Path(tempfile.mkdtemp())
+    >>> lines = [f"{row % 3}::{row % 4}::{row % 5 + 1}::{row}\n" for row in range(100)]
+    >>> _ = (folder / "ratings.dat").write_text("".join(lines))
+    >>> open_dataset(prepare(folder / "ratings.dat", folder / "prepared"))
+    Dataset('movielens': 80 train, 10 validation, 10 test; 2 fields, 9 ids)
+    """
+    source, folder = Path(source), Path(folder)
+    if not source.exists():
+        raise FileNotFoundError(f"{source}: no such file or folder.")
+    format = _format_of(source, format)
+    text = next((known for known in TEXT_FORMATS if known.name == format), None)
+    if text is not None:
+        prepare_text(source, folder, text, overwrite=overwrite, progress=progress, **options)
+        return folder
+    return save(
+        FORMATS[format].read(source, **options), folder, overwrite=overwrite, origin={"format": format} | options
+    )
+
+
+def _format_of(source: Path, format: str | None) -> str:
+    found = format or next((name for name, known in FORMATS.items() if known.recognises(source)), None)
+    if found not in FORMATS:
         raise ValueError(f"{source}: format {format or 'not recognised'}; the known formats are {', '.join(FORMATS)}.")
-    return FORMATS[format][1](source, **options)
+    is_text = any(text.name == found for text in TEXT_FORMATS)
+    if format is not None and not is_text and not FORMATS[format].recognises(source):
+        raise ValueError(f"{source} is not of the format {format}.")
+    return found
 
 
 def vocabulary_dataset(name: str, field_names: Any, rows: Mapping[str, Rows], min_count: int = 1) -> Dataset:
@@ -62,21 +167,6 @@ def vocabulary_dataset(name: str, field_names: Any, rows: Mapping[str, Rows], mi
         for split, column in columns.items():
             column[:, field] = places_in(known, rows[split].ids[:, field])
     return Dataset(name, field_names, sizes, {split: rows[split]._replace(ids=columns[split]) for split in SPLITS})
-
-
-def places_in(known: NDArray[Any], values: NDArray[Any]) -> NDArray[np.int64]:
-    """1 + the place of each value in the sorted array, 0 for values that are not in it.
-
-    Examples
-    --------
-    >>> import numpy as np
-    >>> places_in(np.array([3, 5]), np.array([5, 4, 3, 9]))
-    array([2, 0, 1, 0])
-    """
-    if not len(known):
-        return np.zeros(len(values), dtype=np.int64)
-    places = np.minimum(np.searchsorted(known, values), len(known) - 1)
-    return np.where(known[places] == values, places + 1, 0)
 
 
 def feedback_dataset(
@@ -186,7 +276,62 @@ def _flights(source: Path, *, name: str = "flights", min_count: int = 1) -> Data
     return vocabulary_dataset(name, fields, rows, min_count)
 
 
-FORMATS: dict[str, tuple[Callable[[Path], bool], Callable[..., Dataset]]] = {
-    "gowalla": (_is_gowalla, _gowalla),
-    "flights": (_is_flights, _flights),
+def _list_files(source: Path) -> list[Path]:
+    """The files of training and test lists in a folder; none where it does not hold both."""
+    files = [source / "train.txt", source / "test.txt"]
+    return files if all(file.is_file() for file in files) else []
+
+
+def _is_lightgcn(source: Path) -> bool:
+    files = _list_files(source)
+    if not files:
+        return False
+    with open(files[0], encoding="utf-8", errors="replace") as stream:
+        return re.fullmatch(r"\d+( \d+)+", stream.readline().strip()) is not None
+
+
+def _lightgcn(source: Path, *, name: str = "lightgcn", random_state: int = 0) -> Dataset:
+    pairs = []
+    for file in _list_files(source):
+        lists = []
+        with open(file, encoding="utf-8") as stream:
+            for number, line in enumerate(stream, 1):
+                if not line.strip():
+                    continue
+                try:
+                    user, *items = (int(word) for word in line.split())
+                except ValueError:
+                    raise ValueError(f"{file}, line {number}: expected a user and its items, all integers.") from None
+                lists.append(np.stack([np.full(len(items), user), np.array(items, dtype=np.int64)], axis=1))
+        pairs.append(np.concatenate(lists))
+    n_users, n_items = (1 + np.concatenate(pairs).max(axis=0)).tolist()
+    return feedback_dataset(name, pairs[0], pairs[1], n_users, n_items, random_state)
+
+
+class Format(NamedTuple):
+    """Whether a file or folder is of the format, and the data set that it holds."""
+
+    recognises: Callable[[Path], bool]
+    read: Callable[..., Dataset]
+
+
+def _read_text(format: TextFormat, source: Path, **options: Any) -> Dataset:
+    folder = tempfile.mkdtemp(prefix="vqrs-")
+    try:
+        prepare_text(source, Path(folder) / "prepared", format, **options)
+        dataset = open_prepared(Path(folder) / "prepared")
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    weakref.finalize(dataset, shutil.rmtree, folder, ignore_errors=True)
+    return dataset
+
+
+FORMATS: dict[str, Format] = {
+    "prepared": Format(is_prepared, open_prepared),
+    "gowalla": Format(_is_gowalla, _gowalla),
+    "flights": Format(_is_flights, _flights),
+    "lightgcn": Format(_is_lightgcn, _lightgcn),
+    **{text.name: Format(text.recognises, functools.partial(_read_text, text)) for text in TEXT_FORMATS},
 }
+"""The known formats, the first that fits is taken."""
