@@ -396,7 +396,7 @@ class CCEEmbedding(TrainedEmbedding):
         """Vectors of the columns: (n, num_columns, width)."""
         weight = self.stored_weight()
         parts = self._pieces(weight, 0, self.pointers_of(ids)) + self._pieces(weight, 1, self._hashes(ids, 1))
-        return parts.reshape(len(ids), self.num_columns, -1)
+        return parts.reshape(len(ids), self.num_columns, self._inner_dim // self.num_columns)
 
     def rows(self, ids: Tensor) -> Tensor:
         """Columns of the ids, one after another."""
