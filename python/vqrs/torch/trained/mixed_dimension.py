@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -113,7 +113,62 @@ def _worth(rows: int, dim: int, full_dim: int) -> int:
     return dim if block_floats(rows, dim, full_dim) < rows * full_dim else full_dim
 
 
-class MixedDimensionEmbedding(TrainedEmbedding):
+class Block(NamedTuple):
+    """How the rows of a field are made: ``table[i] @ projection + bias``."""
+
+    table: Tensor
+    projection: Tensor | None = None
+    bias: Tensor | None = None
+
+    def rows(self, local: Tensor) -> Tensor:
+        """Rows of ids within the field."""
+        found = F.embedding(local, self.table)
+        if self.projection is not None:
+            found = found @ self.projection
+        return found if self.bias is None else found + self.bias
+
+
+class FieldBlocks(TrainedEmbedding):
+    """A table whose fields have blocks of their own dimensions."""
+
+    per_id_state: ClassVar[bool] = True
+
+    def _make_blocks(self, dims: Sequence[int], device: Any, *, bias: bool = False) -> None:
+        """Parameters of the blocks: a projection, and a bias, where a field is narrower than the rows."""
+        for field, (rows, dim) in enumerate(zip(self.field_sizes, dims, strict=True)):
+            made = {"weight": self.uniform(rows, dim, bound=dim**-0.5)}
+            if dim < self.embedding_dim:
+                made["projection"] = self.normal(dim, self.embedding_dim)
+                if bias:
+                    made["bias"] = torch.zeros(self.embedding_dim)
+            for name, tensor in made.items():
+                self.register_parameter(f"{name}_{field}", nn.Parameter(tensor.to(device)))
+
+    def block(self, field: int) -> Block:
+        """The present block of a field."""
+        found = [getattr(self, f"{name}_{field}", None) for name in ("weight", "projection", "bias")]
+        return Block(*found)
+
+    def rows(self, ids: Tensor) -> Tensor:
+        """Rows of the fields' blocks, projected."""
+        return rows_by_field(
+            ids, self.field_sizes, self.embedding_dim, lambda field, local: self.block(field).rows(local)
+        )
+
+    def to_table(self) -> vqrs.Table:
+        """The same rows: each field is a range of ids with its block and projection."""
+        cases, first = [], 0
+        for field, rows in enumerate(self.field_sizes):
+            table, projection, bias = self.block(field)
+            part = rows_part(table.detach())
+            if projection is not None:
+                part = linear_part(part, projection.detach(), None if bias is None else bias.detach())
+            cases.append((range(first, first + rows), part))
+            first += rows
+        return as_table(self, cases[0][1] if len(cases) == 1 else switch_part(first, cases))
+
+
+class MixedDimensionEmbedding(FieldBlocks):
     """Fields with many rows have narrow ones, each field with its own projection to the common dimension.
 
     A row is ``weight_f[i] @ projection_f``. The dimension of a field with ``n_f`` rows is the power of two nearest to
@@ -145,7 +200,6 @@ class MixedDimensionEmbedding(TrainedEmbedding):
 
     name: ClassVar[str] = "mixed-dimension"
     about: ClassVar[str] = "large fields have narrow rows and a projection (Ginart et al. 2019)"
-    per_id_state: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -169,12 +223,7 @@ class MixedDimensionEmbedding(TrainedEmbedding):
             )
         if self.budget is not None and not self.budget.allows(self._size(self.dims)):
             raise self.budget.unreachable(self._size(self.dims), f"mixed-dimension with the dimensions {self.dims}")
-        for field, (rows, dim) in enumerate(zip(self.field_sizes, self.dims, strict=True)):
-            weight = self.uniform(rows, dim, bound=dim**-0.5)
-            self.register_parameter(f"weight_{field}", nn.Parameter(weight.to(device)))
-            if dim < self.embedding_dim:
-                projection = self.normal(dim, self.embedding_dim)
-                self.register_parameter(f"projection_{field}", nn.Parameter(projection.to(device)))
+        self._make_blocks(self.dims, device)
 
     def _size(self, dims: Sequence[int]) -> Size:
         pairs = zip(self.field_sizes, dims, strict=True)
@@ -218,22 +267,3 @@ class MixedDimensionEmbedding(TrainedEmbedding):
                 if more < self.embedding_dim:
                     heapq.heappush(queue, (more / wished[field], field))
         return tuple(found)
-
-    def _block(self, field: int, local: Tensor) -> Tensor:
-        narrow = F.embedding(local, getattr(self, f"weight_{field}"))
-        return narrow @ getattr(self, f"projection_{field}") if self.dims[field] < self.embedding_dim else narrow
-
-    def rows(self, ids: Tensor) -> Tensor:
-        """Rows of the fields' blocks, projected."""
-        return rows_by_field(ids, self.field_sizes, self.embedding_dim, self._block)
-
-    def to_table(self) -> vqrs.Table:
-        """The same rows: each field is a range of ids with its block and projection."""
-        cases, first = [], 0
-        for field, (rows, dim) in enumerate(zip(self.field_sizes, self.dims, strict=True)):
-            part = rows_part(getattr(self, f"weight_{field}").detach())
-            if dim < self.embedding_dim:
-                part = linear_part(part, getattr(self, f"projection_{field}").detach())
-            cases.append((range(first, first + rows), part))
-            first += rows
-        return as_table(self, cases[0][1] if len(cases) == 1 else switch_part(first, cases))
