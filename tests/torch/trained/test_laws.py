@@ -200,10 +200,12 @@ def test_an_unreachable_budget_names_what_can_be_reached(name):
 def test_same_id_same_row(name, trained):
     module = trained(name).module.eval()
     ids = torch.randint(ROWS, (64,), generator=torch.Generator().manual_seed(1))
-    once = module(ids)
-    assert torch.equal(module(ids.repeat(2))[:64], once)
-    assert torch.equal(module(ids.flip(0)).flip(0), once)
-    np.testing.assert_array_equal(module.to_dense()[ids], once.detach().numpy())
+    once = module(ids).detach()
+    others = module(ids.repeat(2))[:64], module(ids.flip(0)).flip(0), torch.from_numpy(module.to_dense())[ids]
+    # A network's product of matrices may round by the place in the batch.
+    exact = {"rtol": 0, "atol": 0} if module.has_table else {"rtol": 1e-5, "atol": 1e-6}
+    for other in others:
+        torch.testing.assert_close(other.detach(), once, **exact)
 
 
 @every_method
