@@ -66,6 +66,8 @@ class Dataset:
         Ids of each field.
     rows : mapping of str to Rows
         One for each of the three splits; arrays in memory or memory-mapped.
+    has_unknown_ids : bool, default=False
+        Whether id 0 of each field stands for all ids that are unknown, or too rare, in the training split.
     frequencies : ndarray of int64, shape (sum of field_sizes,), optional
         What :meth:`frequencies` returns, if it is known; else it is counted when first asked for.
     window_rows : int, optional
@@ -73,7 +75,7 @@ class Dataset:
 
     Attributes
     ----------
-    name, field_names, field_sizes : as given, the sequences as tuples
+    name, field_names, field_sizes, has_unknown_ids : as given, the sequences as tuples
     n_numeric : int
         Numbers in a row.
 
@@ -101,10 +103,11 @@ class Dataset:
         field_sizes: Any,
         rows: Mapping[str, Rows],
         *,
+        has_unknown_ids: bool = False,
         frequencies: NDArray[np.int64] | None = None,
         window_rows: int | None = None,
     ) -> None:
-        self.name = name
+        self.name, self.has_unknown_ids = name, has_unknown_ids
         self.field_names: tuple[str, ...] = tuple(str(field) for field in field_names)
         self.field_sizes: tuple[int, ...] = tuple(int(size) for size in field_sizes)
         if len(self.field_names) != len(self.field_sizes):

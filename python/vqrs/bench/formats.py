@@ -84,8 +84,9 @@ def prepare(
     =============== ============================================= ===============================================
 
     All text may be gzipped (``.gz``). A field's ids are those of the training rows; id 0 stands for all others, and for
-    those that are rarer than ``min_count``. Empty categories are an id like any other. Numbers x become log(1 + x),
-    missing and negative ones 0. Of Avazu's time, the hour of the day and the weekday are fields.
+    those that are rarer than ``min_count`` (with 1, no training row has id 0, so that its vector is not trained). Empty
+    categories are an id like any other. Numbers x become log(1 + x), missing and negative ones 0. Of Avazu's time, the
+    hour of the day and the weekday are fields.
 
     Text is read two or three times, and memory grows with the distinct ids only. The folder is written under another
     name and renamed when it is whole.
@@ -166,7 +167,8 @@ def vocabulary_dataset(name: str, field_names: Any, rows: Mapping[str, Rows], mi
         sizes.append(len(known) + 1)
         for split, column in columns.items():
             column[:, field] = places_in(known, rows[split].ids[:, field])
-    return Dataset(name, field_names, sizes, {split: rows[split]._replace(ids=columns[split]) for split in SPLITS})
+    renumbered = {split: rows[split]._replace(ids=columns[split]) for split in SPLITS}
+    return Dataset(name, field_names, sizes, renumbered, has_unknown_ids=True)
 
 
 def feedback_dataset(
@@ -176,7 +178,8 @@ def feedback_dataset(
 
     A random tenth of the training pairs is the validation split. Each pair gets one negative of the same user, an item
     drawn evenly from all that are none of the user's in the training list (validation included), and for the test
-    split in neither list. Negatives are drawn once, so that every epoch sees the same ones.
+    split in neither list. Negatives are drawn once, so that every epoch sees the same ones; they are rows like the
+    others, and count in the frequencies.
 
     Parameters
     ----------

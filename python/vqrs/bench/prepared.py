@@ -30,6 +30,7 @@ def write(
     field_sizes: tuple[int, ...],
     n_numeric: int,
     n_rows: dict[str, int],
+    has_unknown_ids: bool,
     frequencies: NDArray[np.int64],
     origin: dict[str, Any],
     overwrite: bool = False,
@@ -47,7 +48,7 @@ def write(
         What is made.
     chunks : iterable of (str, Rows)
         Rows and the split that they belong to, in the order of each split.
-    name, field_names, field_sizes, n_numeric, frequencies
+    name, field_names, field_sizes, n_numeric, has_unknown_ids, frequencies
         Of the data set.
     n_rows : dict of str to int
         Rows of each split, all of which ``chunks`` must give.
@@ -94,6 +95,7 @@ def write(
         "field_names": field_names,
         "field_sizes": field_sizes,
         "n_numeric": n_numeric,
+        "has_unknown_ids": has_unknown_ids,
         "n_rows": n_rows,
         "origin": origin,
     }
@@ -156,6 +158,7 @@ def save(
         field_names=dataset.field_names,
         field_sizes=dataset.field_sizes,
         n_numeric=dataset.n_numeric,
+        has_unknown_ids=dataset.has_unknown_ids,
         n_rows={split: dataset.n_rows(split) for split in SPLITS},
         frequencies=dataset.frequencies(),
         origin=origin or {},
@@ -218,6 +221,7 @@ def open_prepared(folder: Path, *, name: str | None = None) -> Dataset:
         about["field_names"],
         about["field_sizes"],
         rows,
+        has_unknown_ids=about["has_unknown_ids"],
         frequencies=np.load(folder / "frequencies.npy"),
         window_rows=WINDOW_ROWS,
     )

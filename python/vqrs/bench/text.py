@@ -491,6 +491,7 @@ def prepare_text(
         field_sizes=tuple(len(known) + 1 for known in vocabularies),
         n_numeric=len(format.numbers),
         n_rows=n_rows,
+        has_unknown_ids=True,
         frequencies=np.concatenate(frequencies),
         origin={"format": format.name, "min_count": min_count, "split": "time" if by_time else "hash"},
         overwrite=overwrite,
