@@ -14,7 +14,7 @@ PYTHON_FILES := python tests benches examples docs tools
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 .PHONY: help demo test test-rust test-fast test-slow test-torch check check-rust check-python check-docs \
-        docs bench bench-kernels bench-speed bench-compare bench-report bench-memory bench-torch clean
+        docs bench bench-kernels bench-speed bench-compare bench-report bench-memory bench-torch bench-ctr-small clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -78,6 +78,13 @@ bench-memory: $(VENV)/with-bench ## a table of 10,000,000 x 128: streamed, opene
 
 bench-torch: $(VENV)/with-bench ## eager lookups in torch beside its own modules (10 minutes, 8 GB), into docs/performance.md
 	$(RUN) -m benches.torch_lookup
+
+bench-ctr-small: $(VENV)/torch $(VENV)/with-test ## all methods that are trained compressed, on a small set (10 minutes)
+	$(RUN) -m vqrs bench ctr synthetic-2000x2000x200000 --model gmf:weights=False --dim 32 --separate \
+	    --ratio 4 --ratio 32 --seeds 1 --epochs 5 --batch-size 1024 --learning-rate 0.003 --compress auto --jobs 2 \
+	    --out target/bench-ctr-small/runs.jsonl
+	$(RUN) -m vqrs bench report target/bench-ctr-small/runs.jsonl --out target/bench-ctr-small --plot
+	@echo "target/bench-ctr-small/report.md tells all; runs.jsonl beside it keeps what was done"
 
 clean: ## remove what was built, the environment included
 	rm -rf $(VENV) target dist docs/_build demo-tables python/vqrs/_core*.so

@@ -1,18 +1,19 @@
-"""Writes the tables of quantizers in the documents from the code: ``python docs/generate.py [--check]``.
+"""Writes the tables of quantizers and methods in the documents from the code: ``python docs/generate.py [--check]``.
 
 The text between ``<!-- NAME begin -->`` and ``<!-- NAME end -->`` is replaced. ``--check`` writes nothing and fails if
-a document is out of date.
+a document is out of date. Tables of what needs torch are left as they are where it is missing.
 """
 
 import re
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import vqrs
 from vqrs import quantizers
 
 ROOT = Path(__file__).resolve().parent.parent
-DOCUMENTS = [ROOT / "README.md", ROOT / "docs" / "quantizers.md"]
+DOCUMENTS = [ROOT / "README.md", ROOT / "docs" / "quantizers.md", ROOT / "docs" / "benchmark.md"]
 
 
 def markdown(head: list[str], rows: list[list[str]]) -> str:
@@ -39,7 +40,33 @@ def parameters_table() -> str:
     return markdown(["kind", "parameters and their defaults"], rows)
 
 
+def methods_table() -> str:
+    """One line a method of trained embeddings: what it does, its stages, what it keeps, whether it becomes a table."""
+    import vqrs.torch
+
+    rows = [
+        [
+            f"`{name}`",
+            method.about,
+            ", ".join(method.stages),
+            "yes" if method.per_id_state else "no",
+            "yes" if method.has_table else "no",
+        ]
+        for name, method in vqrs.torch.methods().items()
+    ]
+    return markdown(["method", "what it does", "stages", "per id", "table file"], rows)
+
+
+def models_table() -> str:
+    """One line a click model."""
+    from vqrs.bench.models import models
+
+    return markdown(["model", "what it does"], [[f"`{name}`", model.about] for name, model in models().items()])
+
+
 TABLES = {"kinds": kinds_table, "parameters": parameters_table}
+if find_spec("torch") is not None:
+    TABLES |= {"methods": methods_table, "models": models_table}
 
 
 def renewed(text: str) -> str:

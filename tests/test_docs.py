@@ -107,7 +107,8 @@ def exists(dotted: str) -> bool:
     if not hasattr(vqrs, first) and first not in {module.name for module in pkgutil.iter_modules(vqrs.__path__)}:
         return False
     thing = getattr(vqrs, first, None) or importlib.import_module(f"vqrs.{first}")
-    return not rest or hasattr(thing, rest[0])
+    inner = {module.name for module in pkgutil.iter_modules(getattr(thing, "__path__", []))}
+    return not rest or hasattr(thing, rest[0]) or rest[0] in inner
 
 
 def anchors(text: str) -> set[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -57,7 +58,8 @@ def ctr(
         typer.Option(min=1, help="Trained floats of a hash table of so many rows a field, repeatable."),
     ] = None,
     model: Annotated[
-        list[str] | None, typer.Option(help="Click model, repeatable; dlrm by default.", show_default=False)
+        list[str] | None,
+        typer.Option(metavar="NAME[:SETTING=VALUE,...]", help="Repeatable; dlrm by default.", show_default=False),
     ] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Runs of each.")] = 3,
     dim: Annotated[int, typer.Option(min=1, help="Values of a row.")] = 16,
@@ -139,11 +141,7 @@ def write_report(
         raise typer.BadParameter("--plot needs --out FOLDER or --into FILE: where the pictures go.")
     summaries = report.summarise(_read(runs))
     if as_json:
-        won = [{**w._asdict(), "section": w.section._asdict()} for w in report.winners(summaries)]
-        for winner in won:
-            winner["best"] = winner["best"] and winner["best"].method
-            winner["ties"] = [s.method for s in winner["ties"]]
-        print(json.dumps({"summaries": report.as_dicts(summaries), "winners": won}))
+        print(json.dumps({"summaries": report.as_dicts(summaries), "winners": report.winners_as_dicts(summaries)}))
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
         pictures = _draw(summaries, out, "") if plot else {}
@@ -154,6 +152,31 @@ def write_report(
         into.write_text(text, encoding="utf-8")
     if not (as_json or out or into):
         _print_markdown(report.markdown_report(summaries))
+
+
+@app.command("traits")
+def tell_traits(
+    datasets: Annotated[
+        list[str], typer.Argument(metavar="DATASET...", help="Names or files, as of `ctr`.", show_default=False)
+    ],
+    runs: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="RUNS", help="Files of `ctr`, repeatable: who won is told beside.", show_default=False),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """What may predict the best method: cardinalities, power laws, ids seen once, correlations of fields."""
+    from vqrs.bench import open_dataset, report
+    from vqrs.bench import traits as of
+
+    found = [of.traits(open_dataset(dataset)) for dataset in datasets]
+    summaries = report.summarise(_read(runs)) if runs else []
+    if as_json:
+        print(json.dumps({"traits": found, "winners": report.winners_as_dicts(summaries)}))
+        return
+    for of_set in found:
+        print(of.format_traits(of_set) + "\n")
+    _print_markdown(report.markdown_traits(map(of.summary, found), summaries))
 
 
 @app.command()
@@ -280,7 +303,7 @@ def _draw(summaries: list[Summary], folder: Path, prefix: str) -> dict[Section, 
 
     found: dict[Section, str] = {}
     for section, members in report.sections(summaries).items():
-        name = f"{prefix}{section.dataset}-{section.model}"
+        name = prefix + re.sub(r"[^\w.-]+", "-", f"{section.dataset}-{section.model}")
         found[section] = name + (f"-{len(found)}.png" if f"{name}.png" in found.values() else ".png")
         plots.save_plot(members, folder / found[section])
     return found

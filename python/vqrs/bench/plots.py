@@ -66,11 +66,22 @@ def plot(
     figure = Figure(figsize=(7 * len(counts) + 2.5, 6.2), layout="constrained")
     panels = figure.subplots(1, len(counts), sharey=True, squeeze=False)[0]
     for axes, count in zip(panels, counts, strict=True):
+        ends = {}
         for number, method in enumerate(methods):
-            points = sorted((s.means[count], s) for s in reached if s.method == method and count in s.means and s.unit)
-            _line(axes, method, points, measure, colours.get(method), number)
+            points = sorted(
+                (s.means[count], s.means[measure], s.intervals.get(measure, 0.0))
+                for s in reached
+                if s.method == method and count in s.means and s.unit
+            )
+            if not points:
+                continue
+            _line(axes, method, points, colours.get(method), number)
+            if method in colours:
+                ends[method] = points[-1][:2]
         _full(axes, reached, measure)
         axes.set(xscale="log", xlabel=AXES[count])
+        axes.margins(x=0.12)
+        _names(axes, ends, colours)
         axes.grid(alpha=0.25)
     panels[0].set_ylabel({"auc": "AUC on the test part", "log_loss": "logarithmic loss"}.get(measure, measure))
     figure.suptitle(members[0].section.title)
@@ -106,29 +117,43 @@ def _best(reached: Sequence[Summary], counts: Sequence[str], measure: str) -> li
 
 
 def _line(
-    axes: Axes, method: str, points: Sequence[tuple[float, Summary]], measure: str, colour: str | None, number: int
+    axes: Axes, method: str, points: Sequence[tuple[float, float, float]], colour: str | None, number: int
 ) -> None:
-    if not points:
-        return
     style: Mapping[str, Any] = (
         {"color": QUIET, "linewidth": 0.8, "markersize": 4, "zorder": 2}
         if colour is None
         else {"color": colour, "linewidth": 2, "markersize": 7, "zorder": 3}
     )
+    sizes, values, intervals = zip(*points, strict=True)
     axes.errorbar(
-        [size for size, _ in points],
-        [s.means[measure] for _, s in points],
-        yerr=[s.intervals.get(measure, 0.0) for _, s in points],
+        sizes,
+        values,
+        yerr=intervals,
         marker=MARKERS[number % len(MARKERS)],
         markerfacecolor=None if number < len(MARKERS) else "white",
         capsize=2,
         label=method,
         **style,
     )
-    if colour is not None:
-        size, summary = points[-1]
-        place = (size, summary.means[measure])
-        axes.annotate(method, place, (6, 4), textcoords="offset points", color=colour, fontsize="small", zorder=4)
+
+
+def _names(axes: Axes, ends: Mapping[str, tuple[float, float]], colours: Mapping[str, str]) -> None:
+    """Names at the right ends of the coloured lines, moved up where they would lie over each other."""
+    low, high = axes.get_ylim()
+    least = lowest = -float("inf")
+    for method, (size, value) in sorted(ends.items(), key=lambda end: end[1][1]):
+        lowest = max(value, least)
+        least = lowest + 0.03 * (high - low)
+        axes.annotate(
+            method,
+            (size, value),
+            (size, lowest),
+            ha="left",
+            va="bottom",
+            color=colours[method],
+            fontsize="small",
+            zorder=4,
+        )
 
 
 def _full(axes: Axes, reached: Sequence[Summary], measure: str) -> None:

@@ -28,6 +28,7 @@ __all__ = [
     "markdown_details",
     "markdown_report",
     "markdown_table",
+    "markdown_traits",
     "markdown_winners",
     "put_between",
     "read_runs",
@@ -35,6 +36,7 @@ __all__ = [
     "student_quantile",
     "summarise",
     "winners",
+    "winners_as_dicts",
 ]
 
 MEASURES = (
@@ -440,17 +442,23 @@ def markdown_details(members: Sequence[Summary], budget: tuple[str, float]) -> s
     return _rows(["method", *(head for head, _ in _DETAILS.values())], rows)
 
 
+_WINNER_HEADS = {
+    "trained_floats": "trained floats",
+    "training_nbytes": "training bytes",
+    "inference_nbytes": "all bytes",
+}
+
+
 def markdown_winners(summaries: Iterable[Summary]) -> str:
     """Who wins by trained floats, by training bytes and by inference bytes, at each ratio of each section."""
     by_line: dict[Any, dict[str, Winner]] = defaultdict(dict)
     for winner in winners(summaries):
         by_line[winner.section, winner.ratio][winner.counted] = winner
-    heads = {"trained_floats": "trained floats", "training_nbytes": "training bytes", "inference_nbytes": "all bytes"}
     rows = [
-        [section.title, f"{ratio:.3g}×", *(_winner_text(found[count]) for count in heads)]
+        [section.title, f"{ratio:.3g}×", *(_winner_text(found[count]) for count in _WINNER_HEADS)]
         for (section, ratio), found in by_line.items()
     ]
-    return _rows(["data", "of the full table", *(f"best by {head}" for head in heads.values())], rows)
+    return _rows(["data", "smaller by", *(f"best by {head}" for head in _WINNER_HEADS.values())], rows)
 
 
 def _winner_text(winner: Winner) -> str:
@@ -458,6 +466,57 @@ def _winner_text(winner: Winner) -> str:
         return DASH
     ties = f", ≈ {', '.join(dict.fromkeys(s.method for s in winner.ties))}" if winner.ties else ""
     return f"{winner.best.method} {_text(winner.best, 'auc')}{ties}"
+
+
+_TRAITS = {
+    "rows": "training rows",
+    "fields": "fields",
+    "ids": "ids",
+    "rows_per_id": "lookups an id",
+    "largest_field": "largest field",
+    "exponent": "its exponent",
+    "seen_once_share": "seen once",
+    "top_1_percent_share": "to the top 1 %",
+    "unknown_share": "unknown in test",
+    "label_information": "bits on the label",
+    "correlation": "correlation",
+}
+
+
+def markdown_traits(found: Iterable[Mapping[str, Any]], summaries: Iterable[Summary] = ()) -> str:
+    """Traits of data sets beside who won on each: a line a set, and a model where there are runs.
+
+    Parameters
+    ----------
+    found : iterable of dict
+        What :func:`vqrs.bench.traits.summary` gives, a dict a set.
+    summaries : iterable of Summary, optional
+        Runs on these sets.
+    """
+    by_set: dict[str, dict[Section, list[Winner]]] = defaultdict(lambda: defaultdict(list))
+    for winner in winners(summaries):
+        by_set[winner.section.dataset][winner.section].append(winner)
+    rows = []
+    for of_set in found:
+        told = [_trait(name, of_set[name]) for name in _TRAITS]
+        of_models: list[tuple[str, list[Winner]]] = [(s.model, won) for s, won in by_set[of_set["name"]].items()]
+        for model, won in of_models or [(DASH, [])]:
+            rows.append([of_set["name"], *told, model, *(_winners_of(won, count) for count in _WINNER_HEADS)])
+    heads = [f"best by {head}" for head in _WINNER_HEADS.values()]
+    return _rows(["data", *_TRAITS.values(), "model", *heads], rows)
+
+
+def _winners_of(won: Iterable[Winner], count: str) -> str:
+    texts = [f"{w.ratio:.3g}×: {w.best.method}" for w in won if w.counted == count and w.best is not None]
+    return ", ".join(texts) or DASH
+
+
+def _trait(name: str, value: Any) -> str:
+    if value is None:
+        return DASH
+    if name.endswith("_share"):
+        return f"{100 * value:.1f} %"
+    return f"{value:,}" if isinstance(value, int) else f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
 def markdown_report(summaries: Sequence[Summary], pictures: Mapping[Section, str] | None = None) -> str:
@@ -533,3 +592,16 @@ def put_between(document: str, tables: str) -> str:
 def as_dicts(summaries: Iterable[Summary]) -> list[dict[str, Any]]:
     """Summaries ready for JSON."""
     return [asdict(s) | {"section": s.section._asdict()} for s in summaries]
+
+
+def winners_as_dicts(summaries: Iterable[Summary]) -> list[dict[str, Any]]:
+    """:func:`winners` ready for JSON, methods by their names."""
+    return [
+        winner._asdict()
+        | {
+            "section": winner.section._asdict(),
+            "best": None if winner.best is None else winner.best.method,
+            "ties": [s.method for s in winner.ties],
+        }
+        for winner in winners(summaries)
+    ]

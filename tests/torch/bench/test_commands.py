@@ -39,7 +39,7 @@ def runs(tmp_path_factory):
 
 def test_help():
     text = run().stdout
-    for command in ("ctr", "report", "scale"):
+    for command in ("ctr", "report", "scale", "traits"):
         assert f"  {command} " in text
     assert "DATASET" in run("ctr", "--help").stdout
 
@@ -122,6 +122,17 @@ def test_report_into_a_document(runs, tmp_path):
     assert (tmp_path / f"benchmark-{DATA}-gmf.png").exists()
 
 
+def test_traits(runs):
+    text = run("traits", DATA, "synthetic-30x20x300", "--runs", runs).stdout
+    assert f"{DATA}: 1,200 training, 150 validation, 150 test rows; 110 ids" in text
+    rows = {line.split(" | ")[0].strip("| "): line for line in text.splitlines() if line.startswith("| ")}
+    assert "| gmf | 3×: low-rank" in rows[DATA]
+    assert rows["synthetic-30x20x300"].endswith("| – | – | – | – |")
+    found = json.loads(run("traits", DATA, "--runs", runs, "--json").stdout)
+    assert found["traits"][0]["name"] == DATA
+    assert {winner["section"]["dataset"] for winner in found["winners"]} == {DATA}
+
+
 def test_scale(monkeypatch):
     asked = ["scale", "--method", "low-rank", "--rows", 5000, "--dim", 8, "--ratio", 5, "--steps", 20]
     (found,) = json.loads(run(*asked, "--json").stdout)
@@ -143,6 +154,7 @@ def test_scale(monkeypatch):
         (["ctr", DATA, "--bytes", "many"], 2, "--bytes: cannot read 'many'"),
         (["ctr", DATA, "--seeds", "0"], 2, "--seeds"),
         (["ctr"], 2, "DATASET"),
+        (["traits", "nowhere.npz"], 1, "nowhere.npz: no such file"),
         (["report", "nowhere.jsonl"], 1, "nowhere.jsonl"),
         (["report", "{empty}"], 1, "no runs in "),
         (["report", "{runs}", "--plot"], 2, "--plot needs --out FOLDER or --into FILE"),
