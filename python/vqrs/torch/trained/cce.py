@@ -37,6 +37,8 @@ _ID_BYTES = 4
 _BLOCK = 1 << 16
 """Ids that are clustered at a time, so that memory does not grow with the table."""
 _UNSEEN = 0.01
+_SEEDED_WORK = 1 << 22
+_ONE_THREAD_WORK = 1 << 26
 _WORD = 64
 
 
@@ -509,14 +511,28 @@ class CCEEmbedding(TrainedEmbedding):
             first, second = self.stored_weight().float().cpu().numpy()
             starts = list(first + second.mean(1, keepdims=True))
         seeds = torch.randint(2**62, (self.num_columns,), generator=self._generator).tolist()
-        return np.stack(
-            [
-                _core.kmeans_fit(
-                    column, self.num_rows, init=start, sample_weight=weights, max_iter=self.iterations, seed=seed
-                )[0]
-                for column, start, seed in zip(columns, starts, seeds, strict=True)
-            ]
+        groups = zip(columns, starts, seeds, strict=True)
+        return np.stack([self._kmeans(column, start, weights, seed) for column, start, seed in groups])
+
+    def _kmeans(
+        self, x: NDArray[np.float32], start: Any, weights: NDArray[np.float64] | None, seed: int
+    ) -> NDArray[np.float32]:
+        work, rows = len(x) * self.num_rows, self.num_rows
+        if start is None and len(x) < 4 * rows:
+            distinct = np.unique(x, axis=0)
+            if len(distinct) <= rows:
+                return distinct[np.arange(rows) % len(distinct)]
+        if start is None:
+            # Seeding far apart takes a pass an own cluster: much longer than all rounds, where there are thousands.
+            start = "k-means++" if work <= _SEEDED_WORK else "random"
+        found = _core.kmeans_fit(
+            x, rows, init=start, sample_weight=weights, max_iter=self.iterations, seed=seed, n_jobs=self._jobs(len(x))
         )
+        return found[0]
+
+    def _jobs(self, n: int) -> int | None:
+        """Threads of a k-means: in small ones they cost more than they bring."""
+        return 1 if n * self.num_rows <= _ONE_THREAD_WORK else None
 
     def _sample(self, size: int) -> tuple[Tensor, NDArray[np.float64] | None]:
         """Ids that k-means learns from, and their weights."""
@@ -540,7 +556,9 @@ class CCEEmbedding(TrainedEmbedding):
     def _nearest(self, ids: Tensor, centers: NDArray[np.float32]) -> Tensor:
         """Packed numbers of the nearest centres."""
         pairs = zip(self._columns(ids), centers, strict=True)
-        labels = np.stack([_core.kmeans_predict(column, of, "euclidean")[0] for column, of in pairs], axis=1)
+        labels = np.stack(
+            [_core.kmeans_predict(column, of, "euclidean", self._jobs(len(ids)))[0] for column, of in pairs], axis=1
+        )
         return pack_bits(torch.from_numpy(labels).long(), self._bits_of_pointers)
 
     def health(self) -> dict[str, float]:

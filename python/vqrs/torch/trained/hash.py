@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+import vqrs
 from vqrs.torch.trained.base import FLOAT_BYTES, Size, TrainedEmbedding
+from vqrs.torch.trained.export import Term, as_table, hashed, hashed_part, rows_part
 from vqrs.torch.trained.hashing import hash_ids
 
 _SEED_BYTES = 8
@@ -62,4 +63,12 @@ class HashEmbedding(TrainedEmbedding):
     def rows(self, ids: Tensor) -> Tensor:
         """Rows of the weight at the hashes of ids."""
         places = ids if len(self.weight) >= self.num_embeddings else hash_ids(ids, self.seed, len(self.weight))
-        return F.embedding(places, self.weight)
+        return self.weight.index_select(0, places)
+
+    def to_table(self) -> vqrs.Table:
+        """A table of the rows and the hash's seed."""
+        rows = len(self.weight)
+        if rows >= self.num_embeddings:
+            return as_table(self, rows_part(self.weight))
+        term = Term(self.weight, hashed(self.seed, rows))
+        return as_table(self, hashed_part(self.embedding_dim, [term], rows=self.num_embeddings))
