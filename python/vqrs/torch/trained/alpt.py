@@ -146,7 +146,7 @@ class ALPTEmbedding(IntegerEmbedding):
         if trial is None:
             return super().rows(ids)
         rounded = _Rounded.apply(trial.steps, trial.rows, trial.noise, self.lowest, self.highest)
-        return F.embedding(torch.searchsorted(trial.ids, ids), rounded)
+        return rounded.index_select(0, torch.searchsorted(trial.ids, ids))
 
     def enter_stage(self, stage: str) -> None:
         """Go to a stage: what the updates have gathered is forgotten, as the loop's optimizer is made anew."""

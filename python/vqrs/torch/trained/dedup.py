@@ -187,7 +187,7 @@ class DedupEmbedding(TrainedEmbedding):
 
     def rows(self, ids: Tensor) -> Tensor:
         """Rows of the table, or of the shared blocks."""
-        return F.embedding(self._rows_of(ids) if self._is_shared() else ids, self.weight)
+        return self.weight.index_select(0, self._rows_of(ids) if self._is_shared() else ids)
 
     def _is_shared(self) -> bool:
         # The whole table has as many rows as ids.

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from vqrs.reference import pack_bits
 from vqrs.torch.trained import export
@@ -192,9 +191,9 @@ class DPQEmbedding(TrainedEmbedding):
             return self._decode(self._packed_codes(ids))
         found, inverse, counts = ids.unique(return_inverse=True, return_counts=True)
         width = self.embedding_dim // self.n_subvectors
-        queries = F.embedding(found, self.queries).view(len(found), self.n_subvectors, width)
+        queries = self.queries.index_select(0, found).view(len(found), self.n_subvectors, width)
         rows = self._nearest_rows(found, counts, queries) if self.mode == "vq" else self._softmax_rows(queries)
-        return F.embedding(inverse, rows.reshape(len(found), self.embedding_dim))
+        return rows.reshape(len(found), self.embedding_dim).index_select(0, inverse)
 
     def _nearest_rows(self, ids: Tensor, counts: Tensor, queries: Tensor) -> Tensor:
         codes = self._nearest(ids, queries.detach())
@@ -235,7 +234,8 @@ class DPQEmbedding(TrainedEmbedding):
     def _decode(self, codes: Tensor) -> Tensor:
         """Rows of codes (n, parts): (n, embedding_dim)."""
         first = torch.arange(self.n_subvectors, device=codes.device) << self.n_bits
-        return F.embedding(codes + first, self.codebooks.flatten(0, 1)).reshape(len(codes), self.embedding_dim)
+        entries = self.codebooks.flatten(0, 1).index_select(0, (codes + first).flatten())
+        return entries.view(len(codes), self.embedding_dim)
 
     def _packed_codes(self, ids: Tensor) -> Tensor:
         """The codes that inference reads, brought up to date where queries or entries moved."""

@@ -6,7 +6,6 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from vqrs.torch.trained.base import TrainedEmbedding, Training
 
@@ -55,7 +54,7 @@ class IntegerEmbedding(TrainedEmbedding):
         found, inverse = ids.unique(return_inverse=True)
         leaf = self._load(found).requires_grad_()
         leaf.register_hook(lambda gradient: self._gradients.append((found, gradient)))
-        return F.embedding(inverse, leaf)
+        return leaf.index_select(0, inverse)
 
     def enter_stage(self, stage: str) -> None:
         """Go to a stage: what the updates have gathered is forgotten, as the loop's optimizer is made anew."""
