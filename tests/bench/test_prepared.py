@@ -32,7 +32,8 @@ def test_what_is_saved_is_read(dataset, tmp_path):
             ):
                 for wanted, found in zip(one, two, strict=True):
                     np.testing.assert_array_equal(found, wanted)
-                    assert found.dtype == wanted.dtype
+                    assert (found.dtype, type(found)) == (wanted.dtype, np.ndarray)
+                    assert found.flags.writeable
     assert isinstance(again.rows("train").ids, np.memmap)
 
 

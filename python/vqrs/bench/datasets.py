@@ -194,10 +194,11 @@ class Dataset:
         return self._shuffled(rows, batch_size, np.random.default_rng(seed))
 
     def _batch(self, rows: Rows, places: slice | NDArray[np.int64]) -> Batch:
+        # Copies: a batch may be written to, and torch takes no read-only arrays.
         return Batch(
-            rows.ids[places] + self._offsets,
-            np.asarray(rows.numeric[places], dtype=np.float32),
-            np.asarray(rows.labels[places], dtype=np.float32),
+            np.asarray(rows.ids[places]) + self._offsets,
+            np.array(rows.numeric[places], dtype=np.float32),
+            np.array(rows.labels[places], dtype=np.float32),
         )
 
     def _shuffled(self, rows: Rows, batch_size: int, generator: np.random.Generator) -> Iterator[Batch]:
