@@ -53,7 +53,7 @@ def test_decode_takes_json_and_refuses_unknown_forms():
     tensors = {"codebooks.0": np.array([[[1.0], [2.0]]], np.float16)}
     description = {"form": "books", "dim": 1, "bits": 1, "scale": 1.0, "groups": [{"width": 1, "starts": [0]}]}
     assert reference.decode(json.dumps(description), tensors, np.array([[1]], np.uint8)) == [[2.0]]
-    with pytest.raises(ValueError, match=r"'cloud'.*books, join, levels"):
+    with pytest.raises(ValueError, match=r"'cloud'.*books, hashed, join, levels"):
         reference.decode({"form": "cloud"}, {}, np.zeros((1, 1), np.uint8))
 
 

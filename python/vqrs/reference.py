@@ -36,11 +36,13 @@ __all__ = [
     "best_levels",
     "decode",
     "decode_books",
+    "decode_hashed",
     "decode_join",
     "decode_levels",
     "decode_linear",
     "decode_segments",
     "decode_sparse",
+    "decode_switch",
     "decode_trellis",
     "encode_additive",
     "encode_kmeans",
@@ -54,6 +56,7 @@ __all__ = [
     "encode_trellis",
     "fused_multiply_add",
     "groups_of_rows",
+    "hash_bits",
     "normal_levels",
     "pack_bits",
     "pool",
@@ -398,6 +401,116 @@ def decode_sparse(description: Mapping[str, Any], tensors: Tensors, codes: NDArr
     return rows
 
 
+def decode_hashed(description: Mapping[str, Any], tensors: Tensors, codes: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """Form "hashed": a row is a sum of pieces of arrays, and where they start is computed from the row's number.
+
+    A term's piece starts at ``offset + place * stride`` of its array. Its place is a hash of the id, a digit of it
+    (``id // divisor % size``), or a field of the row's code; the id is the row's number plus ``first``. A piece may
+    have a sign for each id and a weight, which is a value of an array that is found in the same way, and it is added to
+    its columns or multiplied with them.
+
+    Parameters and the result are those of :func:`decode`; row ``i`` of the codes is row number ``i``.
+
+    Examples
+    --------
+    The hashing trick of Weinberger and others (2009): 1,000 rows that share two.
+
+    >>> place = {"kind": "hash", "seed": 42, "size": 2}
+    >>> piece = {"array": 0, "place": place, "stride": 1, "offset": 0}
+    >>> description = {"dim": 1, "bits": 0, "first": 0, "terms": [{"start": 0, "width": 1, "piece": piece}]}
+    >>> tensors = {"arrays.0": np.array([[1.0], [2.0]], np.float32)}
+    >>> np.unique(decode_hashed(description, tensors, np.empty((1000, 0), np.uint8)), return_counts=True)
+    (array([1., 2.], dtype=float32), array([495, 505]))
+    """
+    ids = np.arange(len(codes), dtype=np.uint64) + np.uint64(description["first"])
+
+    def values(piece: Mapping[str, Any], width: int) -> NDArray[np.float32]:
+        start = _place(piece["place"], ids, codes, description["bits"]) * piece["stride"] + piece["offset"]
+        array = tensors[f"arrays.{piece['array']}"].reshape(-1)
+        return _as_float32(array[start[:, None] + np.arange(width)]).astype(np.float32)
+
+    # Nothing changes by being added to this zero, a zero's sign neither.
+    rows = np.full((len(codes), description["dim"]), -0.0, np.float32)
+    for term in description["terms"]:
+        added = values(term["piece"], term["width"])
+        if "sign" in term:
+            added = (
+                added * np.where(hash_bits(ids, term["sign"]) & np.uint64(1), np.float32(-1), np.float32(1))[:, None]
+            )
+        if "weight" in term:
+            added = added * values(term["weight"], 1)
+        columns = rows[:, term["start"] : term["start"] + term["width"]]
+        columns[:] = columns * added if term.get("multiply") else columns + added
+    return rows
+
+
+def _place(place: Mapping[str, Any], ids: NDArray[np.uint64], codes: NDArray[np.uint8], bits: int) -> NDArray[np.int64]:
+    """Numbers below the place's size."""
+    if place["kind"] == "hash":
+        high = [(int(number) * place["size"]) >> 64 for number in hash_bits(ids, place["seed"])]
+        return np.array(high, np.int64)
+    if place["kind"] == "digit":
+        return (ids // np.uint64(place["divisor"]) % np.uint64(place["size"])).astype(np.int64)
+    return np.minimum(unpack_bits(codes, bits, place["field"] + 1)[:, -1], place["size"] - 1)
+
+
+def hash_bits(ids: NDArray[np.integer], seed: int) -> NDArray[np.uint64]:
+    """64 random bits for each id: one step of SplitMix64 (Steele, Lea and Flood 2014) from ``id ^ seed``.
+
+    Parameters
+    ----------
+    ids : integers of any shape
+    seed : of 64 bits
+
+    Returns
+    -------
+    uint64 array of the same shape
+
+    Examples
+    --------
+    >>> hash_bits(np.array([0, 1]), 42)
+    array([13679457532755275413, 13432527470776545160], dtype=uint64)
+    """
+    mixed = (np.asarray(ids).astype(np.uint64) ^ np.uint64(seed)) + np.uint64(0x9E3779B97F4A7C15)
+    mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return mixed ^ (mixed >> np.uint64(31))
+
+
+def decode_switch(description: Mapping[str, Any], tensors: Tensors, codes: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """Form "switch": rows that are read in different ways.
+
+    A case is rows from a start on, or those in a rising list; its decoder reads codes of its own, by the row's place in
+    the case. A row that is in no case is read by the last decoder, by its own number and code, or it is zeros.
+
+    Parameters and the result are those of :func:`decode`; row ``i`` of the codes is row number ``i``.
+
+    Examples
+    --------
+    >>> inner = {"form": "levels", "dim": 1, "dtype": "float16"}
+    >>> description = {"dim": 1, "cases": [{"bits": 2, "rows": 2, "decoder": inner}], "otherwise": None, "shared": {}}
+    >>> own = np.array([[3.0], [4.0]], np.float16).view(np.uint8)
+    >>> tensors = {"cases.0.ids": np.array([0b11_01], np.uint8), "cases.0.codes": own}
+    >>> decode_switch(description, tensors, np.empty((4, 0), np.uint8)).T
+    array([[0., 3., 0., 4.]], dtype=float32)
+    """
+    tensors = {**tensors, **{name: tensors[held] for name, held in description["shared"].items()}}
+    rows = np.zeros((len(codes), description["dim"]), np.float32)
+    if description["otherwise"] is not None:
+        rows = decode(description["otherwise"], _inner(tensors, "otherwise."), codes)
+    # The first case that has a row reads it.
+    for at, case in reversed(list(enumerate(description["cases"]))):
+        own = tensors.get(f"cases.{at}.codes", np.empty((case["rows"], 0), np.uint8))
+        decoded = decode(case["decoder"], _inner(tensors, f"cases.{at}.decoder."), own)
+        if "start" in case:
+            numbers = np.arange(case["start"], case["start"] + case["rows"])
+        else:
+            numbers = unpack_bits(tensors[f"cases.{at}.ids"][None], case["bits"], case["rows"])[0]
+        inside = numbers < len(rows)
+        rows[numbers[inside]] = decoded[inside]
+    return rows
+
+
 def _column_bits(dim: int) -> int:
     return max((dim - 1).bit_length(), 1)
 
@@ -614,6 +727,8 @@ FORMS = {
     "trellis": decode_trellis,
     "segments": decode_segments,
     "sparse": decode_sparse,
+    "hashed": decode_hashed,
+    "switch": decode_switch,
 }
 
 

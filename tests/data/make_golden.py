@@ -4,6 +4,7 @@ Each ``NAME.safetensors`` has a ``NAME.npy`` beside it with the rows that it dec
 file adds a line to TABLES; ``python tests/data/make_golden.py`` then writes what is missing and touches nothing else.
 """
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -47,6 +48,50 @@ TABLES = {
 N_ROWS, DIM = 20, 5
 
 
+def hashed_places() -> tuple[dict, dict, np.ndarray]:
+    """Every kind of place, a sign, a weight, a product, and pieces that overlap."""
+    rng = np.random.default_rng(0)
+
+    def piece(array: int, stride: int, offset: int, **place) -> dict:
+        return {"array": array, "place": place, "stride": stride, "offset": offset}
+
+    scale = piece(1, 1, 0, kind="digit", divisor=1, size=N_ROWS)
+    terms = [
+        {"start": 0, "width": 3, "piece": piece(0, 1, 2, kind="hash", seed=2**64 - 1, size=9), "sign": 2**63},
+        {"start": 3, "width": 2, "piece": piece(0, 2, 0, kind="stored", field=1, size=7), "weight": scale},
+        {"start": 1, "width": 4, "piece": piece(2, 4, 0, kind="digit", divisor=3, size=7), "multiply": True},
+    ]
+    description = {"form": "hashed", "dim": DIM, "bits": 3, "first": 5, "terms": terms}
+    arrays = [rng.normal(size=14).astype(np.float32), rng.normal(size=N_ROWS).astype(np.float16)]
+    tensors = {f"arrays.{n}": array for n, array in enumerate([*arrays, rng.integers(-9, 9, (7, 4)).astype(np.int8)])}
+    return description, tensors, rng.integers(0, 64, size=(N_ROWS, 1)).astype(np.uint8)
+
+
+def switch_cases() -> tuple[dict, dict, np.ndarray]:
+    """A list, rows from a start on, what is left over, and a shared array."""
+    rng = np.random.default_rng(1)
+    levels = {"form": "levels", "dim": DIM, "dtype": "float16", "granularity": "row", "block_size": 64,
+              "symmetric": False, "scale_factor": 1.0, "offset_factor": 1.0}  # fmt: skip
+    piece = {"array": 0, "place": {"kind": "hash", "seed": 7, "size": 3}, "stride": DIM, "offset": 0}
+    terms = [{"start": 0, "width": DIM, "piece": piece}]
+    hashed = {"form": "hashed", "dim": DIM, "bits": 0, "first": 4, "terms": terms}
+    cases = [{"bits": 5, "rows": 3, "decoder": levels}, {"start": 4, "rows": 6, "decoder": hashed}]
+    shared = {"otherwise.arrays.0": "cases.1.decoder.arrays.0"}
+    description = {"form": "switch", "dim": DIM, "cases": cases, "otherwise": hashed, "shared": shared}
+    tensors = {
+        "cases.0.ids": reference.pack_bits(np.array([[2, 5, 19]]), 5)[0],
+        "cases.0.codes": rng.normal(size=(3, DIM)).astype(np.float16).view(np.uint8),
+        "cases.1.decoder.arrays.0": rng.normal(size=(3, DIM)).astype(np.float32),
+    }
+    return description, tensors, np.empty((N_ROWS, 0), np.uint8)
+
+
+PARTS = {"hashed-places-v1": hashed_places, "switch-cases-v1": switch_cases}
+
+
+ABOUT = {"names": [f"row {i}" for i in range(N_ROWS)], "metadata": {"made by": "make_golden.py"}}
+
+
 def write(name: str, kind: str, parameters: dict) -> None:
     """Writes a golden table and its rows, unless they exist."""
     path = HERE / f"{name}.safetensors"
@@ -54,14 +99,28 @@ def write(name: str, kind: str, parameters: dict) -> None:
         return
     x = np.random.default_rng(0).normal(size=(N_ROWS, DIM)).astype(np.float32)
     codec, codes = _core.fit(kind, parameters, x)
-    names = [f"row {i}" for i in range(N_ROWS)]
     errors = {"relative": codec.relative_error}
-    table = _core.Table.from_codec(codec, codes, errors=errors, names=names, metadata={"made by": "make_golden.py"})
-    table.save(str(path))
+    save(_core.Table.from_codec(codec, codes, errors=errors, **ABOUT), path)
     np.save(path.with_suffix(".npy"), reference.decode(codec.description(), codec.tensors(), codes))
+
+
+def write_parts(name: str, description: dict, tensors: dict, codes: np.ndarray) -> None:
+    """Writes a golden table of a form that no quantizer makes, and its rows, unless they exist."""
+    path = HERE / f"{name}.safetensors"
+    if path.exists():
+        return
+    about = json.dumps({"kind": "made up", "parameters": {}, "decoder": description})
+    save(_core.Table.from_parts(about, tensors, codes, errors={"relative": 0.0}, **ABOUT), path)
+    np.save(path.with_suffix(".npy"), reference.decode(description, tensors, codes))
+
+
+def save(table: _core.Table, path: Path) -> None:
+    table.save(str(path))
     print(path.name)
 
 
 if __name__ == "__main__":
     for name, (kind, parameters) in TABLES.items():
         write(name, kind, parameters)
+    for name, make in PARTS.items():
+        write_parts(name, *make())

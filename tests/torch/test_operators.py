@@ -1,5 +1,6 @@
 """The operators ``vqrs::lookup`` and ``vqrs::pool``: torch's own checks, gradients, compiled and exported programs."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -16,6 +17,17 @@ import vqrs
 import vqrs.torch
 from vqrs import _core
 from vqrs.torch import operators
+from vqrs.torch.trained.export import (
+    Scalar,
+    Term,
+    digit,
+    hashed,
+    hashed_part,
+    linear_part,
+    rows_part,
+    stored,
+    switch_part,
+)
 
 N_ROWS, DIM = 60, 13
 ROWS = np.random.default_rng(7).standard_normal((N_ROWS, DIM), dtype=np.float32)
@@ -50,10 +62,28 @@ def of_groups() -> vqrs.Table:
     return vqrs.Table(_core.Table.from_groups(codecs, codes, group_of, **about))
 
 
-@pytest.fixture(params=[*COMPRESSIONS, "segments"], scope="module")
+def of_numbers() -> vqrs.Table:
+    """Rows of every kind of place: hashed, own rows of some ids, stored pointers, a product, shared arrays."""
+    array, scales = torch.from_numpy(ROWS[:20]), torch.linspace(0.5, 1.5, N_ROWS)
+    pointers = np.random.default_rng(0).integers(0, 20, size=(N_ROWS, 1))
+    terms = [
+        Term(array, hashed(2**64 - 3, 240), width=4, stride=1, sign=5),
+        Term(array, stored(0, 20), start=4, width=9, stride=13, weight=Scalar(scales, digit(N_ROWS))),
+        Term(array, digit(20, 3), multiply=True),
+    ]
+    rest = hashed_part(DIM, terms, pointers=pointers, bits=5)
+    own = linear_part(rows_part(torch.from_numpy(ROWS[:10, :3].copy())), torch.from_numpy(ROWS[:3]))
+    few = hashed_part(DIM, [Term(array, hashed(9, 20))], rows=7)
+    shared = {"cases.1.decoder.arrays.0": "otherwise.arrays.0"}
+    part = switch_part(N_ROWS, [(range(5, 15), own), ([0, 1, 7, 20, 40, 50, 59], few)], rest, shared)
+    about = {"kind": "made up", "parameters": {}, "decoder": part.description}
+    return vqrs.Table(_core.Table.from_parts(json.dumps(about), part.tensors, part.codes, errors={"relative": 0.0}))
+
+
+@pytest.fixture(params=[*COMPRESSIONS, "segments", "switch"], scope="module")
 def table(request: pytest.FixtureRequest) -> vqrs.Table:
-    if request.param == "segments":
-        return of_groups()
+    if request.param in ("segments", "switch"):
+        return of_groups() if request.param == "segments" else of_numbers()
     return vqrs.compress(ROWS, random_state=0, **COMPRESSIONS[request.param])
 
 
@@ -97,7 +127,7 @@ def test_operators_read_tensors_that_no_table_owns(table: vqrs.Table) -> None:
     assert torch.equal(OPERATORS.lookup(IDS, codes, tensors, text, torch.float32, -1), expected[IDS])
     assert operators._TABLES[id(codes)] is known
     assert known.table.codes().ctypes.data == codes.data_ptr()
-    if table.info()["decoder"]["form"] != "segments":
+    if table.info()["decoder"]["form"] not in ("segments", "switch"):  # whose rows are more than their codes
         codes.copy_(codes.flip(0))
         assert torch.equal(OPERATORS.lookup(IDS, codes, tensors, text, torch.float32, -1), expected.flip(0)[IDS])
     before = len(operators._TABLES)
@@ -330,7 +360,7 @@ def exported(model: nn.Module) -> torch.export.ExportedProgram:
     return torch.export.export(model, (IDS, torch.rand(IDS.shape)), dynamic_shapes=dynamic)
 
 
-@pytest.mark.parametrize("table", ["books", "trellis", "segments"], indirect=True)
+@pytest.mark.parametrize("table", ["books", "trellis", "segments", "switch"], indirect=True)
 def test_exported_programs_load_in_another_process(table: vqrs.Table, tmp_path: Path) -> None:
     model = Model(table).eval()
     torch.export.save(exported(model), tmp_path / "model.pt2")

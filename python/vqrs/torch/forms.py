@@ -23,14 +23,17 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from vqrs.reference import groups_of_rows, random_sign, row_bytes, trellis_layout, trellis_levels
+from vqrs.torch.trained.hashing import hash_ids, hash_signs
 
 __all__ = [
     "BooksDecoder",
     "Decoder",
+    "HashedDecoder",
     "JoinDecoder",
     "LevelsDecoder",
     "LinearDecoder",
     "SegmentsDecoder",
+    "SwitchDecoder",
     "decoder_from_parts",
     "unpack_bits",
 ]
@@ -748,6 +751,211 @@ class SparseDecoder(Decoder):
         return columns.scatter(1, rank, numbers)[:, :kept]
 
 
+class HashedDecoder(Decoder):
+    """A row is a sum of pieces of arrays, ``arrays_0``, ``arrays_1``, …, that the row's number (or its code) picks."""
+
+    def __init__(self, description: Mapping[str, Any], tensors: Tensors, trainable: bool) -> None:
+        super().__init__(description, tensors, trainable)
+        self.bits: int = description["bits"]
+        self.first = _signed(description["first"])
+        self.terms: list[dict[str, Any]] = description["terms"]
+        self.n_fields = 8 * row_bytes(description) // self.bits if self.bits else 0
+
+    @staticmethod
+    def real_values(description: Mapping[str, Any], stored: Tensors, codes: Tensor) -> dict[str, Tensor]:
+        """The arrays themselves."""
+        if wrong := {str(tensor.dtype) for tensor in stored.values()} - {"torch.float32"}:
+            raise ValueError(f"arrays of {', '.join(sorted(wrong))} are not trained: train the module they came from")
+        return {name: tensor.clone() for name, tensor in stored.items()}
+
+    def stored_tensors(self) -> dict[str, Tensor]:
+        """The arrays."""
+        own = itertools.chain(self.named_parameters(recurse=False), self.named_buffers(recurse=False))
+        stored = {name.replace("_", "."): tensor.detach() for name, tensor in own}
+        if self.trainable:
+            stored = {name: tensor.float() for name, tensor in stored.items()}  # after half() and double() too
+            _refuse_unstorable(*stored.values())
+        return stored
+
+    def forward(self, codes: Tensor, ids: Tensor) -> Tensor:
+        """Decode rows; see :meth:`Decoder.forward`."""
+        ids = ids.long() + self.first
+        fields = unpack_bits(codes, self.bits, self.n_fields) if self.n_fields else codes
+        rows: Tensor | None = None
+        for terms in _layers(self.terms):
+            pieces = [self._piece(term, ids, fields) for term in terms]
+            start, end = terms[0]["start"], terms[-1]["start"] + terms[-1]["width"]
+            multiply = terms[0].get("multiply", False)
+            # Nothing changes by being added to this zero, a zero's sign neither.
+            layer = F.pad(torch.cat(pieces, 1), (start, self.dim - end), value=1.0 if multiply else -0.0)
+            rows = layer if rows is None else rows * layer if multiply else rows + layer
+        assert rows is not None
+        return rows
+
+    def _piece(self, term: Mapping[str, Any], ids: Tensor, fields: Tensor) -> Tensor:
+        """What a term adds, (n, width)."""
+        piece = self._values(term["piece"], term["width"], ids, fields)
+        if "sign" in term:
+            piece = piece * hash_signs(ids, torch.tensor(_signed(term["sign"]), device=ids.device))[:, None]
+        return piece * self._values(term["weight"], 1, ids, fields) if "weight" in term else piece
+
+    def _values(self, piece: Mapping[str, Any], width: int, ids: Tensor, fields: Tensor) -> Tensor:
+        """Pieces of an array, (n, width)."""
+        place, array = piece["place"], getattr(self, f"arrays_{piece['array']}").reshape(-1)
+        if place["kind"] == "hash":
+            at = hash_ids(ids, torch.tensor(_signed(place["seed"]), device=ids.device), place["size"])
+        elif place["kind"] == "digit":
+            at = ids // place["divisor"] % place["size"]
+        else:
+            at = fields[:, place["field"]].clamp(max=place["size"] - 1)
+        start = at * piece["stride"] + piece["offset"]
+        if any(number % width for number in (piece["stride"], piece["offset"], array.numel())):
+            values = F.embedding(start[:, None] + torch.arange(width, device=ids.device), array[:, None]).squeeze(2)
+        else:
+            values = F.embedding(start // width, array.reshape(-1, width))
+        return values if self.trainable else values.float()
+
+    def lifted(self, codes: Tensor) -> tuple[Decoder, Tensor]:
+        """Refused: programs of ONNX have no 64-bit shifts and products to hash with."""
+        raise _unexportable("hashed")
+
+
+def _layers(terms: list[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
+    """Terms of columns that lie side by side."""
+    layer = terms[:1]
+    for last, term in itertools.pairwise(terms):
+        beside = term["start"] == last["start"] + last["width"]
+        if not (beside and term.get("multiply", False) == last.get("multiply", False)):
+            yield layer
+            layer = []
+        layer.append(term)
+    yield layer
+
+
+def _signed(number: int) -> int:
+    """64 bits as torch holds them."""
+    return number - 2**64 if number >= 2**63 else number
+
+
+def _unexportable(form: str) -> ValueError:
+    return ValueError(
+        f"rows of the form {form!r} are computed from their numbers, which ONNX cannot: export a module of the decoded "
+        "rows, from_pretrained(module.weight, method=…)"
+    )
+
+
+class _Case(nn.Module):
+    """Some rows of a switch: where they stand, their codes and what reads them."""
+
+    def __init__(self, description: Mapping[str, Any], tensors: Tensors, trainable: bool) -> None:
+        super().__init__()
+        inner = description["decoder"]
+        self.start, self.rows = description.get("start"), description["rows"]
+        self.decoder = FORMS[inner["form"]](inner, _inner(tensors, "decoder."), trainable)
+        self.register_buffer("ids", tensors.get("ids"))
+        self.register_buffer("codes", tensors.get("codes"))
+        numbers = None
+        if self.ids is not None:
+            if self.ids.numel() != (self.rows * description["bits"] + 7) // 8:
+                raise ValueError(f"{self.ids.numel()} bytes do not hold {self.rows} ids of {description['bits']} bits")
+            numbers = unpack_bits(self.ids[None], description["bits"], self.rows)[0]
+        self.register_buffer("numbers", numbers, persistent=False)
+
+    def forward(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Which ids belong to the case, and rows, of which those of other ids are not to be taken."""
+        if self.numbers is None:
+            place = ids - self.start
+            own = (place >= 0) & (place < self.rows)
+        else:
+            place = torch.searchsorted(self.numbers, ids).clamp(max=self.rows - 1)
+            own = self.numbers[place] == ids
+        place = torch.where(own, place, 0)
+        codes = ids.new_empty((len(ids), 0), dtype=torch.uint8)
+        return own, self.decoder(codes if self.codes is None else F.embedding(place, self.codes), place)
+
+
+class SwitchDecoder(Decoder):
+    """Rows that are read in different ways: the modules ``cases``, and ``otherwise`` for all other rows."""
+
+    def __init__(self, description: Mapping[str, Any], tensors: Tensors, trainable: bool) -> None:
+        super().__init__(description, {}, trainable)
+        self.shared = [(_held_name(name), _held_name(held)) for name, held in description["shared"].items()]
+        # torch names one of two modules that share a tensor, whichever comes first.
+        pairs = [both for pair in self.shared for both in (pair, pair[::-1])]
+        tensors = {**{name: tensors[held] for name, held in pairs if held in tensors}, **tensors}
+        self.cases = nn.ModuleList(
+            _Case(case, _inner(tensors, f"cases.{number}."), trainable)
+            for number, case in enumerate(description["cases"])
+        )
+        otherwise = description["otherwise"]
+        self.otherwise = otherwise and FORMS[otherwise["form"]](otherwise, _inner(tensors, "otherwise."), trainable)
+        self._share()
+
+    def _share(self) -> None:
+        """Tensors that are stored once are one tensor."""
+        for name, held in self.shared:
+            (module, own), (other, its) = (
+                (self.get_submodule(path), leaf) for path, _, leaf in (name.rpartition("."), held.rpartition("."))
+            )
+            setattr(module, own, getattr(other, its))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Decoder:
+        """What is shared stays so."""
+        super()._apply(fn, recurse)
+        self._share()
+        return self
+
+    @staticmethod
+    def real_values(description: Mapping[str, Any], stored: Tensors, codes: Tensor) -> dict[str, Tensor]:
+        """What trains of the cases, their numbers and their codes."""
+        shared = {_held_name(name): _held_name(held) for name, held in description["shared"].items()}
+        stored = {**stored, **{name: stored[held] for name, held in shared.items()}}
+        pairs = [(f"cases.{number}.", case["decoder"]) for number, case in enumerate(description["cases"])]
+        values: dict[str, Tensor] = {}
+        for prefix, inner in pairs:
+            own = {prefix + name: stored[prefix + name] for name in ("ids", "codes") if prefix + name in stored}
+            held = own.get(prefix + "codes", codes[:, :0])
+            found = FORMS[inner["form"]].real_values(inner, _inner(stored, f"{prefix}decoder."), held)
+            values |= own | {f"{prefix}decoder.{name}": value for name, value in found.items()}
+        if (inner := description["otherwise"]) is not None:
+            found = FORMS[inner["form"]].real_values(inner, _inner(stored, "otherwise."), codes)
+            values |= {f"otherwise.{name}": value for name, value in found.items()}
+        return {name: value for name, value in values.items() if name not in shared}
+
+    def stored_tensors(self) -> dict[str, Tensor]:
+        """Tensors and codes of the cases."""
+        stored = {}
+        for number, case in enumerate(self.cases):
+            if case.ids is not None:
+                stored[f"cases.{number}.ids"] = case.ids
+            if case.codes is not None:
+                stored[f"cases.{number}.codes"] = case.decoder.stored_codes(case.codes)
+            inner = case.decoder.stored_tensors()
+            stored |= {f"cases.{number}.decoder.{name}": value for name, value in inner.items()}
+        if self.otherwise is not None:
+            stored |= {f"otherwise.{name}": value for name, value in self.otherwise.stored_tensors().items()}
+        shared = {name for name, _ in self.shared}
+        return {name: value for name, value in stored.items() if _held_name(name) not in shared}
+
+    def stored_codes(self, codes: Tensor) -> Tensor:
+        """Codes of the rows that are in no case."""
+        return codes if self.otherwise is None else self.otherwise.stored_codes(codes)
+
+    def forward(self, codes: Tensor, ids: Tensor) -> Tensor:
+        """Decode rows; see :meth:`Decoder.forward`."""
+        rows: Tensor | None = None if self.otherwise is None else self.otherwise(codes, ids)
+        # Every case reads all ids, so that shapes do not depend on values; the first one that has a row counts.
+        for case in reversed(self.cases):
+            own, part = case(ids.long())
+            rows = torch.where(own[:, None], part, torch.zeros_like(part) if rows is None else rows)
+        assert rows is not None
+        return rows
+
+    def lifted(self, codes: Tensor) -> tuple[Decoder, Tensor]:
+        """Refused, as for the form ``hashed``."""
+        raise _unexportable("switch")
+
+
 def _place_bits(dim: int) -> int:
     """Bits of a column's number."""
     return max(math.ceil(math.log2(dim)), 1)
@@ -849,6 +1057,8 @@ FORMS: dict[str, type[Decoder]] = {
     "trellis": TrellisDecoder,
     "segments": SegmentsDecoder,
     "sparse": SparseDecoder,
+    "hashed": HashedDecoder,
+    "switch": SwitchDecoder,
 }
 
 
@@ -880,7 +1090,7 @@ def _inner(tensors: Tensors, prefix: str) -> dict[str, Tensor]:
 
 def _held_name(name: str) -> str:
     """A name that torch allows: dots only between modules."""
-    modules = re.match(r"(?:inner\.|(?:parts|groups)\.\d+\.)*", name)
+    modules = re.match(r"(?:inner\.|otherwise\.|(?:parts|groups)\.\d+\.|cases\.\d+\.(?:decoder\.)?)*", name)
     assert modules is not None
     return modules[0] + name[modules.end() :].replace(".", "_")
 

@@ -6,6 +6,9 @@
 /// The widest field.
 pub const MAX_BITS: u32 = 24;
 
+/// The widest field of [`get_wide`].
+pub const MAX_WIDE_BITS: u32 = 32;
+
 /// Bytes of a row of `fields` integers of `bits` bits.
 pub fn row_bytes(fields: usize, bits: u32) -> usize {
     (fields * bits as usize).div_ceil(8)
@@ -26,6 +29,17 @@ pub fn get(row: &[u8], bits: u32, index: usize) -> u32 {
         word |= u32::from(*byte) << (8 * place);
     }
     (word >> shift) & ((1u32 << bits) - 1)
+}
+
+/// Field `index` of a row, of up to 32 bits.
+#[inline]
+pub fn get_wide(row: &[u8], bits: u32, index: usize) -> u64 {
+    let (at, shift) = (index * bits as usize / 8, index * bits as usize % 8);
+    let word = match row[at..].first_chunk() {
+        Some(word) => u64::from_le_bytes(*word),
+        None => row[at..].iter().rev().fold(0, |word, byte| word << 8 | u64::from(*byte)),
+    };
+    (word >> shift) & ((1 << bits) - 1)
 }
 
 /// Writes all fields of a row; bytes that no field reaches become zero.
@@ -73,6 +87,15 @@ mod tests {
     use proptest::prelude::*;
 
     proptest! {
+        #[test]
+        fn wide_fields_are_where_bits_say(bits in 1u32..=MAX_WIDE_BITS, row in prop::collection::vec(any::<u8>(), 1..40)) {
+            for index in 0..row.len() * 8 / bits as usize {
+                let places = index * bits as usize..(index + 1) * bits as usize;
+                let expected = places.rev().fold(0, |word, bit| word << 1 | u64::from(row[bit / 8] >> (bit % 8) & 1));
+                prop_assert_eq!(get_wide(&row, bits, index), expected);
+            }
+        }
+
         #[test]
         fn pack_then_get(bits in 1u32..=MAX_BITS, raw in prop::collection::vec(any::<u32>(), 0..40)) {
             let values: Vec<u32> = raw.iter().map(|v| v & ((1 << bits) - 1)).collect();

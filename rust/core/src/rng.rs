@@ -13,6 +13,12 @@ pub fn mix(mut z: u64) -> u64 {
     z ^ (z >> 31)
 }
 
+/// One step of the generator from `id ^ seed`: the hash of ids.
+#[inline]
+pub fn hash(id: u64, seed: u64) -> u64 {
+    mix((id ^ seed).wrapping_add(GAMMA))
+}
+
 /// A stream of numbers.
 #[derive(Clone, Debug)]
 pub struct Rng {
@@ -82,6 +88,12 @@ mod tests {
         assert_eq!(first, [13679457532755275413, 2949826092126892291, 5139283748462763858]);
         assert_eq!(Rng::new(7).stream(1).next_u64(), Rng::new(7).stream(1).next_u64());
         assert_ne!(Rng::new(7).stream(1).next_u64(), Rng::new(7).stream(2).next_u64());
+    }
+
+    #[test]
+    fn hashes_are_first_numbers() {
+        assert_eq!(hash(0, 42), Rng::new(42).next_u64());
+        assert_eq!(hash(5, 42), Rng::new(5 ^ 42).next_u64());
     }
 
     #[test]

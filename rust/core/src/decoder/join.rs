@@ -67,6 +67,13 @@ impl Join {
         if let Some(part) = parts.iter().find(|part| !part.rows_apart()) {
             return bad(format!("the form {} inside", part.form()), "decoders whose rows stand apart");
         }
+        // A part gets the codes of some rows, cut out, or the numbers of the rows.
+        if let Some(part) = parts.iter().find(|part| part.by_number() && part.row_bytes() > 0) {
+            return bad(
+                format!("a part of form {}", part.form()),
+                "parts that read rows by their codes or their numbers",
+            );
+        }
         let agrees = match spec.mode {
             Joining::Columns => parts.iter().map(Decoder::dim).sum::<usize>() == spec.dim,
             Joining::Sum => parts.iter().all(|part| part.dim() == spec.dim),
@@ -103,6 +110,10 @@ impl Form for Join {
         self.parts.iter().map(Decoder::row_bytes).sum()
     }
 
+    fn by_number(&self) -> bool {
+        self.parts.iter().any(Decoder::by_number)
+    }
+
     fn decode_floats(&self, rows: &Rows, out: &mut [f32]) {
         let (dim, row_bytes) = (self.spec.dim, self.row_bytes());
         let (mut codes, mut values) = (Vec::new(), Vec::new());
@@ -110,17 +121,21 @@ impl Form for Join {
             let count = out.len() / dim;
             let block = rows.part(block * BLOCK_ROWS..block * BLOCK_ROWS + count);
             let (mut byte, mut column) = (0, 0);
-            for part in &self.parts {
-                codes.clear();
-                for position in block.range.clone() {
-                    let start = block.ids.get(position) * row_bytes + byte;
-                    codes.extend_from_slice(&block.codes[start..start + part.row_bytes()]);
-                }
+            for (at, part) in self.parts.iter().enumerate() {
                 values.resize(count * part.dim(), 0f32);
-                part.decode(&codes, Ids::Range { start: 0, len: count }, &mut values);
+                if part.row_bytes() == 0 {
+                    part.decode_rows(&Rows { codes: &[], stream: false, ..block.clone() }, (&mut values).into());
+                } else {
+                    codes.clear();
+                    for position in block.range.clone() {
+                        let start = block.ids.get(position) * row_bytes + byte;
+                        codes.extend_from_slice(&block.codes[start..start + part.row_bytes()]);
+                    }
+                    part.decode(&codes, Ids::Range { start: 0, len: count }, &mut values);
+                }
                 for (row, values) in out.chunks_mut(dim).zip(values.chunks(part.dim())) {
                     match self.spec.mode {
-                        Joining::Sum if byte > 0 => row.iter_mut().zip(values).for_each(|(sum, value)| *sum += value),
+                        Joining::Sum if at > 0 => row.iter_mut().zip(values).for_each(|(sum, value)| *sum += value),
                         _ => row[column..column + values.len()].copy_from_slice(values),
                     }
                 }
@@ -148,7 +163,7 @@ impl Form for Join {
         let row_bytes = self.row_bytes();
         let mut byte = 0;
         let mut first: Option<usize> = None;
-        for part in &self.parts {
+        for part in self.parts.iter().filter(|part| part.row_bytes() > 0) {
             let cut: Vec<u8> =
                 codes.chunks_exact(row_bytes).flat_map(|row| &row[byte..byte + part.row_bytes()]).copied().collect();
             let bad = part.bad_row(&cut);

@@ -287,6 +287,10 @@ impl Form for Linear {
         self.inner.row_bytes()
     }
 
+    fn by_number(&self) -> bool {
+        self.inner.by_number()
+    }
+
     fn decode_floats(&self, rows: &Rows, out: &mut [f32]) {
         let (dim, width) = (self.map.dim, self.map.width);
         let turn = self.map.turn();

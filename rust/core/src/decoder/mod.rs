@@ -4,20 +4,24 @@
 //! quantizer that this version has never heard of can still be looked up.
 
 mod books;
+mod hashed;
 mod join;
 mod levels;
 mod linear;
 mod segments;
 mod sparse;
+mod switch;
 mod trellis;
 
 pub(crate) use books::power_of_two;
 pub use books::{Books, CodebookDtype, GroupSpec};
+pub use hashed::Hashed;
 pub use join::{Join, Joining};
 pub use levels::{Granularity, Levels, LevelsSpec, Number, ScaleDtype};
 pub use linear::{Linear, LinearMap, MatrixDtype, Rotation};
 pub use segments::Segments;
 pub use sparse::{Kept, Places, Sparse, SparseSpec};
+pub use switch::Switch;
 pub use trellis::{Trellis, TrellisSpec, MOST_SCALE_BITS};
 
 use crate::error::{Error, Result};
@@ -38,6 +42,8 @@ const FORMS: &[(&str, Read)] = &[
     (Trellis::FORM, |spec, tensors| Ok(Decoder::Trellis(Trellis::from_parts(parse(spec)?, tensors)?))),
     (Segments::FORM, |spec, tensors| Ok(Decoder::Segments(Segments::from_parts(parse(spec)?, tensors)?))),
     (Sparse::FORM, |spec, tensors| Ok(Decoder::Sparse(Sparse::from_parts(parse(spec)?, tensors)?))),
+    (Hashed::FORM, |spec, tensors| Ok(Decoder::Hashed(Hashed::from_parts(parse(spec)?, tensors)?))),
+    (Switch::FORM, |spec, tensors| Ok(Decoder::Switch(Switch::from_parts(parse(spec)?, tensors)?))),
 ];
 
 /// What every form can do. Ids must be inside the codes; everything runs on the calling thread.
@@ -54,6 +60,11 @@ pub trait Form {
     /// Whether a row's code stands by itself. Else all codes together are a table's, of as many rows as the form knows.
     fn rows_apart(&self) -> bool {
         true
+    }
+
+    /// Whether a row depends on its number, beside its code.
+    fn by_number(&self) -> bool {
+        false
     }
 
     /// Decodes some rows of a call as float32.
@@ -149,6 +160,10 @@ pub enum Decoder {
     Segments(Segments),
     /// A few values with their columns.
     Sparse(Sparse),
+    /// A sum of pieces of arrays that the row's number picks.
+    Hashed(Hashed),
+    /// Rows that are read in different ways.
+    Switch(Switch),
 }
 
 impl Decoder {
@@ -162,6 +177,8 @@ impl Decoder {
             Decoder::Trellis(form) => form,
             Decoder::Segments(form) => form,
             Decoder::Sparse(form) => form,
+            Decoder::Hashed(form) => form,
+            Decoder::Switch(form) => form,
         }
     }
 
@@ -199,6 +216,11 @@ impl Decoder {
     /// See [`Form::rows_apart`].
     pub fn rows_apart(&self) -> bool {
         self.get().rows_apart()
+    }
+
+    /// See [`Form::by_number`].
+    pub fn by_number(&self) -> bool {
+        self.get().by_number()
     }
 
     /// Decodes the rows `ids` of `codes` into `out`, on the calling thread. Ids must be inside the codes.

@@ -33,6 +33,9 @@ const TASK_ROWS: usize = 4096;
 /// Ids of one bag that are pooled between two looks at cancellation.
 const PART_IDS: i64 = 1 << 16;
 
+/// Most rows of a table that stores nothing for each: what a few bytes of a file may claim.
+const MOST_ROWS: usize = 1 << 40;
+
 /// How pooled rows are combined.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Pooling {
@@ -95,6 +98,9 @@ impl Table {
                 ));
             }
         }
+        if decoder.row_bytes() == 0 && rows > MOST_ROWS {
+            return Err(Error::shape("codes", format!("{rows} rows"), format!("up to {MOST_ROWS} rows without codes")));
+        }
         if Some(codes.bytes().len()) != rows.checked_mul(decoder.row_bytes()) {
             let found = format!("{} bytes", codes.bytes().len());
             return Err(Error::shape("codes", found, format!("{rows} rows of {} bytes", decoder.row_bytes())));
@@ -140,7 +146,7 @@ impl Table {
         let extra = self.extra()?;
         let mut writer = Writer::create(path, self.layout(&extra), durable)?;
         ctx.stage("save", self.rows as u64);
-        let step = (1 << 22) / self.row_bytes() + 1;
+        let step = (1usize << 22).checked_div(self.row_bytes()).unwrap_or(self.rows) + 1;
         for start in (0..self.rows).step_by(step) {
             ctx.check()?;
             let end = self.rows.min(start + step);
@@ -347,7 +353,7 @@ impl Table {
             return bad.map_or(Ok(()), |row| Err(self.damage(format!("row {row} holds NaN or infinity"))));
         }
         let bytes = self.row_bytes();
-        let parts = self.rows.div_ceil(TASK_ROWS);
+        let parts = if bytes > 0 { self.rows.div_ceil(TASK_ROWS) } else { 0 };
         ctx.stage("scales", parts as u64);
         let bad = ctx.map(parts, |index| {
             let start = index * TASK_ROWS;

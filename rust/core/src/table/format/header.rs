@@ -233,8 +233,8 @@ impl Layout {
 
     /// Refuses what a file cannot hold, or what the reader would refuse.
     pub(super) fn check(&self) -> Result<()> {
-        if !(1..=MAX_ROW_BYTES).contains(&(self.row_bytes as u64)) {
-            return Err(parameter("row_bytes", self.row_bytes, format!("a row takes from 1 to {MAX_ROW_BYTES} bytes")));
+        if self.row_bytes as u64 > MAX_ROW_BYTES {
+            return Err(parameter("row_bytes", self.row_bytes, format!("a row takes up to {MAX_ROW_BYTES} bytes")));
         }
         if let Some(key) = ["format", "vqrs"].into_iter().find(|key| self.metadata.contains_key(*key)) {
             return Err(parameter("metadata", format!("{{{key:?}: ...}}"), "the keys format and vqrs are reserved"));
@@ -399,9 +399,9 @@ fn check_tensors(found: &[(String, Info)], header: u64, length: u64) -> Checked<
         check_shape(&info.shape).map_err(|why| format!("tensor {name:?}: {why}"))?;
     }
     let specs = own[..own.len() - 2].iter().map(|(name, info)| spec(name, info)).collect::<Checked<Vec<_>>>()?;
-    if specs[0].dtype != Dtype::U8 || specs[0].shape.len() != 2 || !(1..=MAX_ROW_BYTES).contains(&specs[0].shape[1]) {
+    if specs[0].dtype != Dtype::U8 || specs[0].shape.len() != 2 || specs[0].shape[1] > MAX_ROW_BYTES {
         let (name, shape) = (specs[0].dtype.name(), &specs[0].shape);
-        let expected = format!("U8 of shape [rows, row bytes] with 1 to {MAX_ROW_BYTES} row bytes");
+        let expected = format!("U8 of shape [rows, row bytes] with up to {MAX_ROW_BYTES} row bytes");
         return Err(format!("codes are {name} of shape {shape:?}, expected {expected}"));
     }
     let expected = place(header, specs).ok_or("the sizes of the tensors overflow")?;

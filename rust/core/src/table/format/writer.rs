@@ -49,11 +49,12 @@ impl Writer {
     /// Writes the decoder's tensors, the extra ones, checksums and the header, and puts the file in its place.
     ///
     /// `description` replaces the one of the layout: numbers in it may differ, and nulls may have become numbers; the
-    /// tensors are those of the layout. Returns the bytes of the file.
+    /// tensors are those of the layout. Where rows have no codes it says how many there are. Returns the bytes of the file.
     pub fn finish(mut self, description: Map<String, Value>, tensors: &[Tensor], extra: &[Tensor]) -> Result<u64> {
         check_tensors(&self.layout.tensors, tensors)?;
         check_tensors(&self.layout.extra, extra)?;
-        let rows = self.codes / self.layout.row_bytes as u64;
+        let rows = self.codes.checked_div(self.layout.row_bytes as u64);
+        let rows = rows.or_else(|| description.get("rows")?.as_u64()).unwrap_or(0);
         let entries = header::entries(&self.layout, self.room, rows)?;
         self.layout.description = description;
         let header = header::header_bytes(&self.layout, self.room, &entries, rows)?;
