@@ -12,7 +12,7 @@ from vqrs.torch.trained.autosrh import AutoSrhEmbedding
 from vqrs.torch.trained.deeplight import DeepLightEmbedding, sparsity_at
 from vqrs.torch.trained.export import as_table
 from vqrs.torch.trained.pep import PEPEmbedding, soft_threshold
-from vqrs.torch.trained.positions import pack_positions, positions_nbytes, unpack_positions
+from vqrs.torch.trained.positions import find_positions, pack_positions, positions_nbytes, unpack_positions
 from vqrs.torch.trained.pruned import above, find_cut, sparse_part
 
 METHODS = [DeepLightEmbedding, PEPEmbedding, AutoSrhEmbedding]
@@ -68,6 +68,26 @@ def test_positions_are_packed_and_come_back(count):
     # Positions alone have at least this entropy.
     share = np.array([count / 5000, 1 - count / 5000]).clip(1e-12)
     assert 8 * positions_nbytes(count, 5000) >= -5000 * (share * np.log2(share)).sum() - 16
+
+
+@pytest.mark.parametrize("count", [0, 1, 5, 40, 700, 2500, 4999, 5000])
+@pytest.mark.parametrize("width", [1, 8, 40])
+def test_positions_are_found_where_they_are(count, width):
+    generator = torch.Generator().manual_seed(count)
+    # Many in one place, few in others.
+    weights = torch.linspace(1, 30, 5000).pow(3)
+    positions = torch.multinomial(weights, count, generator=generator).sort().values if count else torch.arange(0)
+    starts = torch.randint(5000 - width + 1, (30,), generator=generator)
+    starts[:2] = torch.tensor([0, 5000 - width])
+    packed = pack_positions(positions, 5000)
+    windows, places, numbers = find_positions(packed, count, 5000, starts, width)
+    expected = [
+        (window, position - start, number)
+        for window, start in enumerate(starts.tolist())
+        for number, position in enumerate(positions.tolist())
+        if start <= position < start + width
+    ]
+    assert list(zip(windows.tolist(), places.tolist(), numbers.tolist(), strict=True)) == expected
 
 
 def test_counts_before_blocks_find_a_bit():
@@ -145,6 +165,10 @@ def test_bytes_are_those_of_the_packed_values(method, ratio):
         table = torch.zeros(700 * 12)
         table[unpack_positions(packed, module.kept, 700 * 12)] = values.float()
         np.testing.assert_array_equal(table.reshape(700, 12), module.to_dense())
+        frozen = module.packed()
+        np.testing.assert_array_equal(frozen(torch.arange(700)), module.to_dense())
+        assert sum(b.numel() * b.element_size() for b in frozen.buffers()) == used
+        assert frozen(torch.arange(0)).shape == (0, 12)
 
 
 @every_method

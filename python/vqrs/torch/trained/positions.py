@@ -123,3 +123,73 @@ def unpack_positions(packed: list[Tensor], count: int, size: int) -> Tensor:
     fields = np.unpackbits(packed[2].numpy(), count=count * low, bitorder="little").reshape(count, low)
     lows = fields.astype(np.int64) @ (1 << np.arange(low))
     return torch.from_numpy((ones - np.arange(count) << low) + lows)
+
+
+def _bits_at(bits: Tensor, at: Tensor) -> Tensor:
+    """Bits at some places, 0 behind the end."""
+    found = bits[(at >> 3).clamp(max=len(bits) - 1)].long() >> (at & 7) & 1
+    return torch.where(at < 8 * len(bits), found, 0)
+
+
+def find_positions(
+    packed: list[Tensor], count: int, size: int, starts: Tensor, width: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The positions in some windows, read where they are: nothing as large as ``count`` or ``size`` is unpacked.
+
+    Parameters
+    ----------
+    packed : list of Tensor
+        From :func:`pack_positions`.
+    count, size : int
+        Number of positions, and what they are below.
+    starts : int64 tensor of shape (windows,)
+        A window is ``range(start, start + width)``, within ``size``.
+    width : int
+
+    Returns
+    -------
+    tuple of three int64 tensors
+        For each position found: its window, its place in the window, its number among all positions.
+
+    Examples
+    --------
+    >>> import torch
+    >>> packed = pack_positions(torch.tensor([3, 700, 701]), 1000)
+    >>> find_positions(packed, 3, 1000, torch.tensor([700, 0]), 10)
+    (tensor([0, 0, 1]), tensor([0, 1, 3]), tensor([1, 2, 0]))
+    """
+    device = starts.device
+    if not packed:
+        places = torch.arange(width if count else 0, device=device).repeat(len(starts))
+        windows = torch.arange(len(starts), device=device).repeat_interleave(width if count else 0)
+        return windows, places, starts[windows] + places
+    bits, before = packed[:2]
+    if len(packed) == 2:
+        block = starts // _BLOCK
+        at = _BLOCK * block[:, None] + torch.arange(_BLOCK + width, device=device)
+        ones = _bits_at(bits, at)
+        numbers = before[block].long()[:, None] + ones.cumsum(1) - 1
+        inside = (at >= starts[:, None]) & (at < starts[:, None] + width)
+        windows, column = (inside & (ones == 1)).nonzero(as_tuple=True)
+        return windows, at[windows, column] - starts[windows], numbers[windows, column]
+    low = _low_bits(count, size)
+    zeros = _BLOCK * torch.arange(len(before), device=device) - before
+    first, last = starts >> low, (starts + width - 1) >> low
+    # Positions whose high bits are h stand behind the h-th zero.
+    block = (torch.searchsorted(zeros, first) - 1).clamp(min=0)
+    length = _BLOCK
+    while True:
+        at = _BLOCK * block[:, None] + torch.arange(length, device=device)
+        ones = _bits_at(bits, at)
+        high = zeros[block][:, None] + (1 - ones).cumsum(1)
+        if bool((high[:, -1] > last).all()):
+            break
+        length *= 2
+    windows, column = ((ones == 1) & (high >= first[:, None]) & (high <= last[:, None])).nonzero(as_tuple=True)
+    high = high[windows, column]
+    numbers = at[windows, column] - high
+    places = torch.arange(low, device=device)
+    lows = (_bits_at(packed[2], numbers[:, None] * low + places) << places).sum(1)
+    offsets = (high << low) + lows - starts[windows]
+    inside = (offsets >= 0) & (offsets < width)
+    return windows[inside], offsets[inside], numbers[inside]

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from vqrs.reference import pack_bits
 from vqrs.torch.trained.base import FLOAT_BYTES, Size, TrainedEmbedding, Training
 from vqrs.torch.trained.export import Part, as_table, rows_part, switch_part
-from vqrs.torch.trained.positions import pack_positions, positions_nbytes
+from vqrs.torch.trained.positions import find_positions, pack_positions, positions_nbytes
 
 if TYPE_CHECKING:
     import vqrs
@@ -97,6 +97,47 @@ def sparse_part(columns: Tensor, values: Tensor, dim: int) -> Part:
 def above(scores: Tensor, positions: Tensor, cut: Cut) -> Tensor:
     """Whether the scores at positions are kept: bool, of their shape."""
     return (scores > cut.threshold) | ((scores == cut.threshold) & (positions <= cut.last))
+
+
+class PackedRows(nn.Module):
+    """What inference holds of a pruned table, and nothing else: float16 or float32 values and packed positions.
+
+    Parameters
+    ----------
+    values : tensor of shape (kept,)
+    positions : list of Tensor
+        As :func:`pack_positions` gives them.
+    shape : tuple of int
+        Of the table.
+
+    Examples
+    --------
+    >>> import torch
+    >>> packed = PackedRows(torch.tensor([1.0, 2.0]), pack_positions(torch.tensor([1, 4]), 6), (2, 3))
+    >>> packed(torch.tensor([1, 0]))
+    tensor([[0., 2., 0.],
+            [0., 1., 0.]])
+    """
+
+    values: Tensor
+
+    def __init__(self, values: Tensor, positions: list[Tensor], shape: tuple[int, int]) -> None:
+        super().__init__()
+        self.shape = shape
+        self.register_buffer("values", values)
+        self._names = [f"positions_{at}" for at in range(len(positions))]
+        for name, tensor in zip(self._names, positions, strict=True):
+            self.register_buffer(name, tensor.to(values.device))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Rows of int64 ids of shape (n,), within the table: float32 of shape (n, embedding_dim)."""
+        rows, dim = self.shape
+        out = torch.zeros(len(ids) * dim, device=ids.device)
+        if len(ids):
+            packed = [getattr(self, name) for name in self._names]
+            windows, places, numbers = find_positions(packed, len(self.values), rows * dim, ids * dim, dim)
+            out[windows * dim + places] = self.values[numbers].float()
+        return out.reshape(len(ids), dim)
 
 
 class PrunedEmbedding(TrainedEmbedding):
@@ -257,10 +298,16 @@ class PrunedEmbedding(TrainedEmbedding):
         yield values.detach().to(self._value_type)
         yield from pack_positions(positions, self._size)
 
+    def packed(self) -> PackedRows:
+        """A module for inference, of :meth:`inference_nbytes` bytes; its rows are those of evaluation mode."""
+        values, *positions = self.inference_tensors()
+        return PackedRows(values, positions, (self.num_embeddings, self.embedding_dim))
+
     def to_table(self) -> vqrs.Table:
         """The same rows: for each number of values that rows keep, the ids of those rows and their values.
 
-        Ids and columns are stored row by row, so that the file is larger than :meth:`inference_nbytes`.
+        Ids are stored for each row that is not all zeros, so that the file is larger than :meth:`inference_nbytes`,
+        up to twice where most rows are zeros: :meth:`packed` is the smallest form.
         """
         if self.kept == self._size and not self.pruned:
             return as_table(self, rows_part(self._values().detach().to(self._value_type)))
