@@ -128,3 +128,9 @@ def test_constant_tables():
     module = shared(torch.zeros(50, 4), n_blocks=5)
     assert len(module.weight) == 1
     assert not module.to_dense().any()
+
+
+@pytest.mark.parametrize(("n", "rows", "blocks"), [(400, 1, 20), (401, 4, 30), (400, 2, 1), (400, 1, 400)])
+def test_tables_have_the_rows_of_evaluation(n, rows, blocks):
+    module = shared(planted(n, noise=0.5)[0], rows_per_block=rows, n_blocks=blocks)
+    np.testing.assert_array_equal(module.to_table()[:], module.to_dense())

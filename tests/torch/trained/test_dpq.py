@@ -250,3 +250,14 @@ def test_small_tables_and_no_ids(kind, n, dim):
     module.on_step(SimpleNamespace())
     assert module.eval()(torch.zeros(2, 0, dtype=torch.int64)).shape == (2, 0, dim)
     assert np.isfinite(module.to_dense()).all()
+
+
+@pytest.mark.parametrize("kind", CLASSES)
+@pytest.mark.parametrize("bits", [1, 3, 5, 8])
+def test_tables_have_the_rows_of_evaluation(kind, bits):
+    module = make(kind, n=131, n_bits=bits)
+    train(module, steps=20)
+    table = module.to_table()
+    np.testing.assert_array_equal(table[:], module.to_dense())
+    fewer = make(kind, n=131, n_bits=bits, **({"fewer_bits": 0} if kind is MGQEEmbedding else {}))
+    np.testing.assert_array_equal(fewer.to_table()[:], fewer.to_dense())

@@ -225,3 +225,13 @@ def test_a_new_stage_forgets_the_moments(kind):
     module.enter_stage("train")
     state = [module.second_moment, module.last_step, module.steps]
     assert not any(tensor.any() for tensor in state)
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [(Int8Embedding, {}), (Int16Embedding, {}), *((ALPTEmbedding, {"n_bits": b}) for b in (8, 4, 2))],
+)
+def test_tables_have_the_rows_of_evaluation(kind, settings):
+    module = kind(N, DIM, random_state=0, **settings)
+    step_of(module, torch.arange(N), torch.zeros(N, DIM), 0.01, repeat=3)
+    np.testing.assert_array_equal(module.to_table()[:], module.to_dense())
