@@ -81,7 +81,7 @@ bench-torch: $(VENV)/with-bench ## eager lookups in torch beside its own modules
 
 bench-ctr-small: $(VENV)/torch $(VENV)/with-test ## all methods that are trained compressed, on a small set (10 minutes)
 	$(RUN) -m vqrs bench ctr synthetic-2000x2000x200000 --model gmf:weights=False --dim 32 --separate \
-	    --ratio 4 --ratio 32 --seeds 1 --epochs 5 --batch-size 1024 --learning-rate 0.003 --compress auto --jobs 2 \
+	    --ratio 3 --ratio 30 --seeds 1 --epochs 5 --batch-size 1024 --learning-rate 0.003 --compress auto --jobs 2 \
 	    --out target/bench-ctr-small/runs.jsonl
 	$(RUN) -m vqrs bench report target/bench-ctr-small/runs.jsonl --out target/bench-ctr-small --plot
 	@echo "target/bench-ctr-small/report.md tells all; runs.jsonl beside it keeps what was done"

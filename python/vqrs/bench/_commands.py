@@ -179,6 +179,32 @@ def tell_traits(
     _print_markdown(report.markdown_traits(map(of.summary, found), summaries))
 
 
+@app.command("theory")
+def check_theory(
+    runs: Annotated[int, typer.Option(min=1, help="Draws of the problem.")] = 5,
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds of clustering.")] = 30,
+    plot: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Draw it; the ending says the format.", show_default=False)
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Least squares, the case of CCE that has a proof: the excess after each round beside the theorem's bound."""
+    from vqrs.bench import theory
+
+    if plot is not None:
+        theory.plot_theory(plot, runs=runs, rounds=rounds)
+    excess = theory.gaussian_excess(rounds=rounds, runs=runs)
+    bounds = theory.bound(range(1, rounds + 1), *theory.SIZES[1:])
+    if as_json:
+        print(json.dumps({"sizes": theory.SIZES, "excess": excess.tolist(), "bound": bounds.tolist()}))
+        return
+    print("n = {}, d1 = {}, d2 = {}, k = {}; shares of ||X T*||²".format(*theory.SIZES))
+    print(f"{'round':>5}  {'least':>8}  {'mean':>8}  {'most':>8}  {'bound':>8}")
+    for number, (of_runs, limit) in enumerate(zip(excess.T, bounds, strict=True), start=1):
+        figures = (of_runs.min(), of_runs.mean(), of_runs.max(), limit)
+        print(f"{number:>5}  " + "  ".join(f"{figure:8.5f}" for figure in figures))
+
+
 @app.command()
 def scale(
     method: Annotated[

@@ -382,7 +382,7 @@ def _marked(texts: Mapping[str, str], column: Mapping[str, Summary], measure: st
 
 
 def markdown_table(members: Sequence[Summary], measure: str = "auc") -> str:
-    """One measure, methods down and budgets across; the full table first.
+    """One measure, methods down by their names and budgets across; the full table first.
 
     Parameters
     ----------
@@ -405,7 +405,7 @@ def markdown_table(members: Sequence[Summary], measure: str = "auc") -> str:
         columns.append(_marked(texts, column, measure, measure == "auc"))
     full = {s.method: _text(s, measure) for s in members if s.unit is None}
     rows = [[method, *[text] * len(columns)] for method, text in full.items()]
-    methods = dict.fromkeys(s.method for s in members if s.unit is not None)
+    methods = sorted({s.method for s in members if s.unit is not None})
     rows += [[method, *(column.get(method, "") for column in columns)] for method in methods]
     ratios = {(s.unit, s.value): s.ratio for s in members}
     return _rows(["method", *(budget_text(*budget, ratios[budget]) for budget in budgets)], rows)
@@ -430,8 +430,8 @@ _DETAILS = {
 
 
 def markdown_details(members: Sequence[Summary], budget: tuple[str, float]) -> str:
-    """Everything at one budget, a method a line; the full table first, out of the contest."""
-    column = _at(members, budget)
+    """Everything at one budget, a method a line, the best AUC first; above all the full table, out of the contest."""
+    column = _at(sorted(members, key=lambda s: (-s.means.get("auc", -1.0), s.method)), budget)
     columns = {
         measure: _marked({s.method: _text(s, measure) for s in column.values()}, column, measure, largest)
         for measure, (_, largest) in _DETAILS.items()

@@ -39,7 +39,7 @@ def runs(tmp_path_factory):
 
 def test_help():
     text = run().stdout
-    for command in ("ctr", "report", "scale", "traits"):
+    for command in ("ctr", "report", "scale", "theory", "traits"):
         assert f"  {command} " in text
     assert "DATASET" in run("ctr", "--help").stdout
 
@@ -131,6 +131,17 @@ def test_traits(runs):
     found = json.loads(run("traits", DATA, "--runs", runs, "--json").stdout)
     assert found["traits"][0]["name"] == DATA
     assert {winner["section"]["dataset"] for winner in found["winners"]} == {DATA}
+
+
+def test_theory(tmp_path):
+    text = run("theory", "--runs", 2, "--rounds", 3, "--plot", tmp_path / "theory.png").stdout
+    assert (tmp_path / "theory.png").read_bytes()[:4] == b"\x89PNG"
+    figures = [[float(figure) for figure in line.split()] for line in text.splitlines()[2:]]
+    assert [number for number, *_ in figures] == [1, 2, 3]
+    assert all(least <= mean <= most < 1 for _, least, mean, most, _ in figures)
+    found = json.loads(run("theory", "--runs", 2, "--rounds", 3, "--json").stdout)
+    assert [round(limit, 5) for limit in found["bound"]] == [limit for *_, limit in figures]
+    assert round(min(excess[2] for excess in found["excess"]), 5) == figures[2][1]
 
 
 def test_scale(monkeypatch):

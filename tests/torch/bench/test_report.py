@@ -215,7 +215,7 @@ def members():
 
 def test_table():
     table = cells(report.markdown_table(members()))
-    assert list(table) == ["full", "hash", "cce"]
+    assert list(table) == ["full", "cce", "hash"]
     assert table["full"] == {"10×": "0.9000", "100×": "0.9000"}  # out of the contest
     assert table["hash"] == {"10×": "0.7000", "100×": "**0.6000**"}
     assert table["cce"] == {"10×": "**0.8000**", "100×": "– (trains in 2.0 KiB)"}
@@ -232,20 +232,21 @@ def test_a_method_that_was_not_run_has_an_empty_cell():
 
 
 def test_details():
-    table = cells(report.markdown_details(members(), ("ratio", 10)))
+    table = cells(report.markdown_details([*members(), summary("aaa", 10, 0.6, seconds=20.0)], ("ratio", 10)))
+    assert list(table) == ["full", "cce", "hash", "aaa"]
     assert table["full"]["training"] == "250.0 KiB"
     assert table["hash"] == {
         "AUC": "0.7000",
         "log-loss": "0.6000",
-        "trained floats": "**1,600**",
-        "training": "**25.0 KiB**",
-        "inference": "**6.2 KiB**",
+        "trained floats": "1,600 ≈",
+        "training": "25.0 KiB ≈",
+        "inference": "6.2 KiB ≈",
         "table file": "–",
         "seconds": "**3**",
         "lookups/s": "**9 M**",
     }
     assert table["cce"]["AUC"] == "**0.8000**"
-    assert table["cce"]["training"] == "25.0 KiB ≈"
+    assert table["cce"]["training"] == "**25.0 KiB**"
     assert table["cce"]["table file"] == "**5.9 KiB**"
     lost = cells(report.markdown_details(members(), ("ratio", 100)))["cce"]
     assert lost["training"] == "2.0 KiB"
