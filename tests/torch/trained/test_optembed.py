@@ -213,6 +213,25 @@ def test_saved_and_loaded_in_each_stage():
         assert other.inference_nbytes() == module.inference_nbytes()
 
 
+@pytest.mark.parametrize("ratio", [None, 1, 2, 5, 30])
+def test_a_packed_module_holds_what_is_counted(ratio):
+    module = make(ratio=ratio)
+    for stage in module.stages:
+        Loop(module, 1, 5).run(stage)
+        packed = module.packed()
+        np.testing.assert_array_equal(packed(torch.arange(ROWS)), module.to_dense())
+        assert sum(b.numel() * b.element_size() for b in packed.buffers()) == module.inference_nbytes()
+    assert packed(torch.arange(0)).shape == (0, 8)
+
+
+def test_a_finished_search_is_not_repeated():
+    module = make(ratio=5, generations=0)
+    loop = Loop(module).run("search")
+    asked = loop.asked
+    module.on_step(loop)
+    assert loop.asked == asked > 0
+
+
 def test_gradients_of_what_is_kept():
     module = OptEmbedEmbedding(6, 4, field_sizes=[2, 4], num_floats=11, random_state=0)
     module.keep([3, 2])

@@ -253,6 +253,16 @@ def test_errors(method, settings, message):
         method(100, 8, **settings)
 
 
+@every_method
+def test_a_finished_search_changes_nothing_more(method):
+    module = method(60, 8, sparsity=0.8, random_state=0)
+    loop = Loop(module, 2, 10).run(module.stages[0])
+    assert module.finished
+    before = {name: p.detach().clone() for name, p in module.named_parameters()}
+    module.on_step(loop)
+    assert all(torch.equal(p, before[name]) for name, p in module.named_parameters())
+
+
 # -- DeepLight ------------------------------------------------------------------------------------------------------
 
 

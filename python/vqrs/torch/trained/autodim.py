@@ -277,7 +277,7 @@ class AutoDimEmbedding(FieldBlocks):
 
     def on_step(self, training: Training) -> None:
         """A step of α on a validation batch; the choice gets harder."""
-        if self.dims is not None:
+        if self.dims is not None or self.finished:
             return
         steps = max(round(min(self.search_epochs, training.epochs) * training.steps_per_epoch), 1)
         batch = self._batch

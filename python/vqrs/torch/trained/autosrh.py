@@ -112,7 +112,7 @@ class AutoSrhEmbedding(PrunedEmbedding):
 
     def on_step(self, training: Training) -> None:
         """A step of α on a validation batch."""
-        if self.pruned:
+        if self.pruned or self.finished:
             return
         steps = self._search_steps(training, self.search_epochs)
         loss = training.validation_loss() + self.l1 * self.alpha.sum()

@@ -77,7 +77,7 @@ class DeepLightEmbedding(PrunedEmbedding):
 
     def on_step(self, training: Training) -> None:
         """Every ten steps of the first stage: zero the smallest values."""
-        if self.pruned:
+        if self.pruned or self.finished:
             return
         steps = self._search_steps(training, self.warmup_epochs + self.prune_epochs)
         warmup = min(round(self.warmup_epochs * training.steps_per_epoch), steps // 4)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from vqrs.torch.trained.base import FLOAT_BYTES, Size, TrainedEmbedding, Training
 from vqrs.torch.trained.export import Term, as_table, digit, hashed_part, switch_part
-from vqrs.torch.trained.positions import pack_positions, positions_nbytes
+from vqrs.torch.trained.positions import find_positions, pack_positions, positions_nbytes
 
 if TYPE_CHECKING:
     import vqrs
@@ -104,6 +104,69 @@ def evolve(
             # Small spaces run out of vectors that are new.
             any(learn(tuple(make().tolist())) for _ in range(_TRIES))
     return max(known, key=lambda dims: known[dims])
+
+
+class PackedBlocks(nn.Module):
+    """What inference holds of kept rows whose fields have dimensions of their own.
+
+    Parameters
+    ----------
+    values : float32 tensor of shape (sum of the dimensions of kept rows,)
+    positions : list of Tensor
+        The kept rows, as :func:`pack_positions` gives them.
+    kept : sequence of int
+        Number of kept rows of each field.
+    field_sizes : sequence of int
+    dim : int
+        Values of a row.
+    dims : integer tensor of shape (fields,), optional
+        The dimension of each field, where not all are whole.
+
+    Examples
+    --------
+    >>> import torch
+    >>> rows = pack_positions(torch.tensor([1, 2]), 3)
+    >>> packed = PackedBlocks(torch.tensor([1.0, 2.0]), rows, [1, 1], [2, 1], 2, torch.tensor([1, 1]))
+    >>> packed(torch.tensor([2, 0]))
+    tensor([[2., 0.],
+            [0., 0.]])
+    """
+
+    values: Tensor
+    dims: Tensor | None
+
+    def __init__(
+        self,
+        values: Tensor,
+        positions: list[Tensor],
+        kept: Sequence[int],
+        field_sizes: Sequence[int],
+        dim: int,
+        dims: Tensor | None = None,
+    ) -> None:
+        super().__init__()
+        self.kept, self.field_sizes, self.dim = tuple(kept), tuple(field_sizes), dim
+        self.register_buffer("values", values)
+        self.register_buffer("dims", dims)
+        self._names = [f"positions_{at}" for at in range(len(positions))]
+        for name, tensor in zip(self._names, positions, strict=True):
+            self.register_buffer(name, tensor.to(values.device))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Rows of int64 ids of shape (n,), within the table: float32 of shape (n, dim)."""
+        sizes, kept = torch.tensor([self.field_sizes, self.kept], device=ids.device)
+        dims = torch.full_like(kept, self.dim) if self.dims is None else self.dims.long()
+        out = torch.zeros(len(ids), self.dim, device=ids.device)
+        packed = [getattr(self, name) for name in self._names]
+        if not len(ids):
+            return out
+        rows, _, numbers = find_positions(packed, sum(self.kept), sum(self.field_sizes), ids, 1)
+        fields = torch.bucketize(ids[rows], sizes.cumsum(0), right=True)
+        before, values_before = kept.cumsum(0) - kept, (kept * dims).cumsum(0) - kept * dims
+        starts = values_before[fields] + (numbers - before[fields]) * dims[fields]
+        found, column = (torch.arange(self.dim, device=ids.device) < dims[fields][:, None]).nonzero(as_tuple=True)
+        out[rows[found], column] = self.values[starts[found] + column]
+        return out
 
 
 class OptEmbedEmbedding(TrainedEmbedding):
@@ -316,7 +379,7 @@ class OptEmbedEmbedding(TrainedEmbedding):
 
     def on_step(self, training: Training) -> None:
         """The whole search, after the first step of its stage."""
-        if self.stage != "search":
+        if self.stage != "search" or self.finished:
             return
         margins = self._margins()
         order = margins.argsort(descending=True, stable=True)
@@ -344,8 +407,19 @@ class OptEmbedEmbedding(TrainedEmbedding):
             yield self.dims.to(self._dims_type())
 
     @torch.no_grad()
+    def packed(self) -> PackedBlocks:
+        """A module for inference, of :meth:`inference_nbytes` bytes; its rows are those of evaluation mode."""
+        kept = torch.bincount(self._row_fields()[self._is_kept()], minlength=len(self.field_sizes)).tolist()
+        values, *rest = self.inference_tensors()
+        dims = rest.pop() if bool((self.dims < self.embedding_dim).any()) else None
+        return PackedBlocks(values, rest, kept, self.field_sizes, self.embedding_dim, dims)
+
+    @torch.no_grad()
     def to_table(self) -> vqrs.Table:
-        """The same rows: the kept ones of each field with its columns, the others zeros."""
+        """The same rows: the kept ones of each field with its columns, the others zeros.
+
+        Ids of kept rows are stored as they are, so that the file may be larger than :meth:`inference_nbytes`.
+        """
         kept, values, fields = self._is_kept().cpu(), self._kept_values().cpu(), self._row_fields().cpu()
         cases, first = [], 0
         for field, dim in enumerate(self.dims.tolist()):

@@ -130,7 +130,7 @@ class PEPEmbedding(PrunedEmbedding):
     @torch.no_grad()
     def on_step(self, training: Training) -> None:
         """Raise the thresholds, and end the search where enough values are below them."""
-        if self.pruned:
+        if self.pruned or self.finished:
             return
         steps = self._search_steps(training, self.search_epochs)
         self.threshold.mul_(math.exp(math.log(_LAST_THRESHOLD / self.threshold_init) / steps))
