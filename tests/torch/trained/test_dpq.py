@@ -200,6 +200,24 @@ def test_rare_ids_keep_to_the_first_entries(bits):
     assert module._seen.codes[~head].max() < 1 << max(1, bits - 2)
 
 
+@pytest.mark.parametrize("n", [1, 7, 128, 1000, 1031])
+def test_frequent_ids_are_numbered_in_their_order(n):
+    frequencies = np.random.default_rng(n).integers(0, 50, n)
+    module = make(MGQEEmbedding, n=n, head_share=0.4, frequencies=frequencies)
+    ids = torch.arange(n)
+    frequent = ids[module.is_frequent(ids)]
+    assert module._rank(frequent).tolist() == list(range(len(frequent)))
+    assert len(frequent) == max(1, round(0.4 * n))
+
+
+def test_rare_ids_lack_fewer_bits_where_that_leaves_them_more():
+    module = MGQEEmbedding(6000, 32, ratio=10)
+    assert (module.n_subvectors, module.n_bits, module.fewer_bits) == (16, 6, 1)
+    fixed = MGQEEmbedding(6000, 32, ratio=10, fewer_bits=2)
+    assert fixed.fewer_bits == 2
+    assert fixed.inference_nbytes() < module.inference_nbytes() <= 76_800
+
+
 def test_without_frequencies_ids_of_each_field_are_in_order():
     module = make(MGQEEmbedding, field_sizes=[100, 200])
     frequent = module.is_frequent(torch.arange(N)).nonzero().flatten()

@@ -34,8 +34,9 @@ class MGQEEmbedding(DPQEmbedding):
         Bits of a part's code for frequent ids; the rest get ``n_bits - fewer_bits``. Of what is not given, the pair
         with the most bits for rare ids that the budget allows is taken; without a budget in bytes 8 bits and, as in
         the paper, the largest divisor up to 4.
-    fewer_bits : int
-        Bits that codes of rare ids lack: 2 for the paper's 256 and 64 entries. At least one bit stays.
+    fewer_bits : int, optional
+        Bits that codes of rare ids lack; at least one bit stays. By default 2 as in the paper (256 and 64 entries), or
+        1 if that leaves more to rare ids within the budget.
     head_share : float
         Share of the ids that are frequent.
     frequencies : array of shape (num_embeddings,), optional
@@ -55,7 +56,7 @@ class MGQEEmbedding(DPQEmbedding):
     >>> import torch
     >>> module = MGQEEmbedding(10_000, 16, ratio=20, random_state=0)
     >>> module.n_subvectors, module.n_bits, module.inference_nbytes()
-    (4, 6, 26662)
+    (4, 6, 31162)
     """
 
     name: ClassVar[str] = "mgqe"
@@ -68,14 +69,14 @@ class MGQEEmbedding(DPQEmbedding):
         *,
         n_subvectors: int | None = None,
         n_bits: int | None = None,
-        fewer_bits: int = 2,
+        fewer_bits: int | None = None,
         head_share: float = 0.1,
         decay: float = 0.99,
         **settings: Any,
     ) -> None:
         if not 0 < head_share <= 1:
             raise ValueError(f"head_share must be above 0 and at most 1, got {head_share}")
-        if not 0 <= fewer_bits < _MAX_BITS:
+        if fewer_bits is not None and not 0 <= fewer_bits < _MAX_BITS:
             raise ValueError(f"fewer_bits must be from 0 to {_MAX_BITS - 1}, got {fewer_bits}")
         self._settings = (head_share, fewer_bits)
         settings.update(n_subvectors=n_subvectors, n_bits=n_bits, decay=decay, mode="vq")
@@ -93,8 +94,19 @@ class MGQEEmbedding(DPQEmbedding):
     # -- size ---------------------------------------------------------------------------------------------------------
 
     def _prepare(self) -> None:
-        share, self.fewer_bits = self._settings
+        share, fewer_bits = self._settings
+        self.fewer_bits = 2 if fewer_bits is None else fewer_bits
         self._n_head = max(1, round(share * self.num_embeddings))
+
+    def _choose(self, n_subvectors: int | None, n_bits: int | None) -> tuple[int, int]:
+        size = super()._choose(n_subvectors, n_bits)
+        if self._settings[1] is None and n_bits is None and self.budget is not None:
+            self.fewer_bits, bits = 1, self._code_bits(*size)
+            other = super()._choose(n_subvectors, n_bits)
+            if self._code_bits(*other) > bits:
+                return other
+            self.fewer_bits = 2
+        return size
 
     def _more_bits(self, bits: int) -> int:
         """Bits that codes of frequent ids have beyond those of the rest."""
@@ -171,10 +183,12 @@ class MGQEEmbedding(DPQEmbedding):
 
     def _rank(self, ids: Tensor) -> Tensor:
         """How many frequent ids stand before each of these."""
-        start = ids // _BLOCK * _BLOCK
-        places = start[:, None] + torch.arange(_BLOCK, device=ids.device)
-        set_bits = unpack(self.bitmap, 1, places.clamp(max=self.num_embeddings - 1)) * (places < ids[:, None])
-        return self.before[ids // _BLOCK] + set_bits.sum(1)
+        byte = ids >> 3
+        block_bytes = _BLOCK // 8
+        places = (byte // block_bytes * block_bytes)[:, None] + torch.arange(block_bytes, device=ids.device)
+        in_bytes = _count_bits(self.bitmap[places.clamp(max=len(self.bitmap) - 1)]) * (places < byte[:, None])
+        in_byte = _count_bits(self.bitmap[byte] & ((1 << (ids & 7)) - 1).to(torch.uint8))
+        return self.before[ids // _BLOCK] + in_bytes.sum(1) + in_byte
 
     def _store(self, codes: Tensor) -> None:
         more = self._more_bits(self.n_bits)
@@ -190,3 +204,10 @@ class MGQEEmbedding(DPQEmbedding):
             low = 1 << (self.n_bits - self._more_bits(self.n_bits))
             drawn[:, low:] = frequent[drawn[:, low:] % len(frequent)]
         return drawn
+
+
+def _count_bits(x: Tensor) -> Tensor:
+    """How many bits are set, of uint8."""
+    x = x - ((x >> 1) & 0x55)
+    x = (x & 0x33) + ((x >> 2) & 0x33)
+    return (x + (x >> 4)) & 0x0F
