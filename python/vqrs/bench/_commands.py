@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 import sys
@@ -26,6 +27,10 @@ RATIOS = (10.0, 100.0, 1000.0)
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 Runs = Annotated[list[Path], typer.Argument(metavar="RUNS...", help="Files of `ctr`.", show_default=False)]
+Options = Annotated[
+    list[str] | None,
+    typer.Option(metavar="NAME=VALUE", help="Of the data set's reader, repeatable.", show_default=False),
+]
 
 CtrProgress = Callable[[int, int, "dict[str, Any] | None"], None]
 
@@ -75,9 +80,7 @@ def ctr(
     learning_rate: Annotated[
         list[float] | None, typer.Option(help="Repeatable: the best on the validation part is kept; 0.001 by default.")
     ] = None,
-    option: Annotated[
-        list[str] | None, typer.Option(metavar="NAME=VALUE", help="Of the data set's reader, repeatable.")
-    ] = None,
+    option: Options = None,
     out: Annotated[Path, typer.Option(metavar="FILE", help="Raw results; runs found there are not repeated.")] = Path(
         "runs.jsonl"
     ),
@@ -89,7 +92,7 @@ def ctr(
     _need("sklearn", "sklearn")
     import vqrs.torch
     from vqrs.bench import report
-    from vqrs.bench.ctr import Plan, parse_method, run
+    from vqrs.bench.ctr import Plan, run
 
     methods = list(vqrs.torch.methods()) if not method or "all" in method else method
     given = {"epochs": epochs, "batch_size": batch_size, "patience": patience, "weight_decay": weight_decay}
@@ -103,7 +106,7 @@ def ctr(
         separate=separate,
         learning_rates=learning_rate or [1e-3],
         settings={name: value for name, value in given.items() if value is not None},
-        dataset_options=parse_method(":" + ",".join(option or []))[1],
+        dataset_options=_options(option),
         compress=compress or [],
     )
     with _ctr_progress() as progress:
@@ -152,6 +155,22 @@ def write_report(
         into.write_text(text, encoding="utf-8")
     if not (as_json or out or into):
         _print_markdown(report.markdown_report(summaries))
+
+
+@app.command("prepare")
+def prepare_data(
+    source: Annotated[str, typer.Argument(metavar="SOURCE", help="A file or folder.", show_default=False)],
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="What DATASET is then.", show_default=False)],
+    format: Annotated[str | None, typer.Option(help="Recognised by default.", show_default=False)] = None,
+    option: Options = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the folder.")] = False,
+) -> None:
+    """Read a data set once, also one that is larger than memory, into a folder of arrays that open at once."""
+    from vqrs.bench import open_dataset, prepare
+
+    with _rows_progress() as progress:
+        prepare(source, folder, format=format, overwrite=overwrite, progress=progress, **_options(option))
+    print(open_dataset(folder))
 
 
 @app.command("traits")
@@ -240,6 +259,19 @@ def _need(module: str, extra: str) -> None:
         raise ImportError(f"this benchmark needs {module}: pip install 'vqrs[{extra}]'")
 
 
+def _options(texts: list[str] | None) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for text in texts or []:
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise typer.BadParameter(f"--option {text}: expected NAME=VALUE.")
+        try:
+            found[name] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            found[name] = value
+    return found
+
+
 def _budgets(
     ratio: list[float] | None, n_bytes: list[str] | None, floats: list[int] | None, ppd: list[int] | None
 ) -> list[Budget]:
@@ -303,6 +335,19 @@ def _ctr_progress() -> Iterator[CtrProgress]:
                 bars.update(task, description=f"last: {_told(line)}")
 
         yield show
+
+
+@contextmanager
+def _rows_progress() -> Iterator[Callable[[str, int], None] | None]:
+    """A progress function that tells rows read on stderr; None where that is no terminal."""
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield None
+        return
+    with console.status("reading") as status:
+        yield lambda stage, rows: status.update(f"{stage}: {rows:,} rows")
 
 
 def _told(line: dict[str, Any]) -> str:

@@ -39,7 +39,7 @@ def runs(tmp_path_factory):
 
 def test_help():
     text = run().stdout
-    for command in ("ctr", "report", "scale", "theory", "traits"):
+    for command in ("ctr", "prepare", "report", "scale", "theory", "traits"):
         assert f"  {command} " in text
     assert "DATASET" in run("ctr", "--help").stdout
 
@@ -133,6 +133,15 @@ def test_traits(runs):
     assert {winner["section"]["dataset"] for winner in found["winners"]} == {DATA}
 
 
+def test_prepare(tmp_path):
+    lines = [f"{row % 3}::{row % 4}::{row % 5 + 1}::{row}\n" for row in range(100)]
+    (tmp_path / "ratings.dat").write_text("".join(lines))
+    asked = ["prepare", tmp_path / "ratings.dat", tmp_path / "made", "--option", "name=films"]
+    assert run(*asked).stdout == "Dataset('films': 80 train, 10 validation, 10 test; 2 fields, 9 ids)\n"
+    assert "films: 80 training" in run("traits", tmp_path / "made").stdout
+    assert run(*asked, "--overwrite", "--option", "split=hash").stdout.startswith("Dataset('films': ")
+
+
 def test_theory(tmp_path):
     text = run("theory", "--runs", 2, "--rounds", 3, "--plot", tmp_path / "theory.png").stdout
     assert (tmp_path / "theory.png").read_bytes()[:4] == b"\x89PNG"
@@ -165,6 +174,8 @@ def test_scale(monkeypatch):
         (["ctr", DATA, "--bytes", "many"], 2, "--bytes: cannot read 'many'"),
         (["ctr", DATA, "--seeds", "0"], 2, "--seeds"),
         (["ctr"], 2, "DATASET"),
+        (["prepare", "nowhere.npz", "made"], 1, "nowhere.npz: no such file"),
+        (["prepare", "{empty}", "made", "--option", "name"], 2, "--option name: expected NAME=VALUE"),
         (["traits", "nowhere.npz"], 1, "nowhere.npz: no such file"),
         (["report", "nowhere.jsonl"], 1, "nowhere.jsonl"),
         (["report", "{empty}"], 1, "no runs in "),
