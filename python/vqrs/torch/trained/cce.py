@@ -441,7 +441,8 @@ class CCEEmbedding(TrainedEmbedding):
             array = array.half() if self.bits == 16 else self._levels()[table].to(torch.int8)
         terms = []
         for column, place in enumerate(places):
-            scale = Scalar(scales, digit(1), offset=column % len(scales)) if self.bits == 8 else None
+            # The scale of all rows, at the place of the piece: a part may not read codes and numbers of rows.
+            scale = Scalar(scales, place, 0, column % len(scales)) if self.bits == 8 else None
             terms.append(self._term(table, column, array, place, scale))
         return terms
 

@@ -8,21 +8,20 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from vqrs.torch.trained.base import FLOAT_BYTES, Size, TrainedEmbedding, Training
 from vqrs.torch.trained.cce import HotIds, pack_bits
 from vqrs.torch.trained.export import (
     Part,
-    Scalar,
     Term,
     as_table,
-    books_part,
-    digit,
     hashed,
     hashed_part,
     linear_part,
     rows_part,
+    stored,
     switch_part,
 )
 from vqrs.torch.trained.hashing import hash_ids
@@ -34,9 +33,9 @@ _SEED_BYTES = 8
 _STEPS = {1: 1.5958, 2: 0.9957, 3: 0.5860, 4: 0.3352, 5: 0.1881, 6: 0.1041, 7: 0.0569, 8: 0.0308}
 """Best step of uniform levels for normal values (Max, "Quantizing for minimum distortion", 1960)."""
 _FLOAT_BITS = 32
-_SHARED_PART = 0.2
+_SHARED_PART = 0.1
 """Of the rows, for all ids that have none of their own."""
-_ROW_BITS = (8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
+_ROW_BITS = (*range(8, 64, 8), *range(64, 257, 16))
 _REFRESH = 8
 """Steps of training after which the levels follow the weights."""
 _SAMPLE = 1 << 16
@@ -59,8 +58,8 @@ class LowRankIntEmbedding(TrainedEmbedding):
         1 to 8, or 32 for floats. Of ``rank`` and ``bits``, what is not given is chosen for the budget: about 8 values
         for each bit.
     num_rows : int, optional
-        Rows of all; else as many as the budget allows. Where they are fewer than ids, a fifth of them is shared by
-        hashing and the most frequent ids have the others; without frequencies all are shared.
+        Rows of all; else as many as the budget allows. Where they are fewer than ids, a tenth of them is shared by
+        hashing, and the most frequent ids (without frequencies, ids at even distances) have the others.
     **settings
         Those of :class:`TrainedEmbedding`.
 
@@ -128,7 +127,7 @@ class LowRankIntEmbedding(TrainedEmbedding):
         """Ids with rows of their own, of so many rows."""
         if rows >= self.num_embeddings:
             return self.num_embeddings
-        return 0 if self._frequencies is None else rows - max(1, int(_SHARED_PART * rows))
+        return rows - max(1, int(_SHARED_PART * rows))
 
     def _cost(self, rows: int, rank: int, bits: int) -> Size:
         n, d, own = self.num_embeddings, self.embedding_dim, self._own(rows)
@@ -157,7 +156,8 @@ class LowRankIntEmbedding(TrainedEmbedding):
                 (self._cost(rows or 1, *shape) for shape in shapes), key=lambda size: getattr(size, budget.unit)
             )
             raise budget.unreachable(least, self.name)
-        found, rank, bits = max(fitting, key=lambda option: self._value(*option))
+        ranked = self._lookups()
+        found, rank, bits = max(fitting, key=lambda option: self._value(*option, ranked))
         return rank, bits, found
 
     def _shapes(self, rank: int | None, bits: int | None) -> list[tuple[int, int]]:
@@ -183,28 +183,25 @@ class LowRankIntEmbedding(TrainedEmbedding):
             return self.num_embeddings
         return self.budget.largest(lambda m: self._cost(m, rank, bits), 1, self.num_embeddings - 1, self.name)
 
-    def _value(self, rows: int, rank: int, bits: int) -> float:
+    def _value(self, rows: int, rank: int, bits: int, ranked: NDArray[np.float64] | None) -> float:
         """How good rows of that shape may be: the share of lookups with rows of their own, times what their bits tell.
 
         Measured on synthetic ratings: 16, 32 and 64 bits give 0.7, 0.9 and nearly all of what the full table gives.
         """
         own = self._own(rows)
-        covered = own / self.num_embeddings
-        if self._frequencies is not None and 0 < own < self.num_embeddings:
-            ranked = self._ranked
-            covered = float(ranked[own - 1] / ranked[-1]) if ranked[-1] > 0 else covered
-        elif self._frequencies is None and rows < self.num_embeddings:
-            covered = rows / self.num_embeddings
+        covered = own / self.num_embeddings if ranked is None else float(ranked[own - 1] / ranked[-1]) if own else 0.0
         told = 1 - 2 ** (-rank * min(bits, 8) / 9)
         return covered * told + (1 - covered) * 0.15 * min(1.0, rows / 100)
 
-    @property
-    def _ranked(self) -> np.ndarray:
-        assert self._frequencies is not None
+    def _lookups(self) -> NDArray[np.float64] | None:
+        """Lookups of the most frequent ids together; None where nothing is known."""
+        if self._frequencies is None or not self._frequencies.any():
+            return None
         return np.cumsum(np.sort(self._frequencies)[::-1])
 
     def _most_frequent(self, own: int) -> Tensor:
-        assert self._frequencies is not None
+        if self._frequencies is None:
+            return torch.arange(own) * self.num_embeddings // own
         return torch.from_numpy(np.sort(np.argsort(-self._frequencies, kind="stable")[:own]))
 
     # -- rows -------------------------------------------------------------------------------------------------------
@@ -269,32 +266,29 @@ class LowRankIntEmbedding(TrainedEmbedding):
         return pack_bits(self._numbers(self.weight).long(), self.bits)
 
     def to_table(self) -> vqrs.Table:
-        """A table of the packed numbers; where ids share rows, the shared ones hold a byte a value."""
-        part = self._as_part()
-        return as_table(self, linear_part(part, self.projection.detach()) if self.rank < self.embedding_dim else part)
+        """A table of packed numbers and a matrix that has the levels in it; shared rows hold a byte a value there."""
+        if self.bits == _FLOAT_BITS:
+            part = self._as_part(self.weight.detach())
+            return as_table(
+                self, linear_part(part, self.projection.detach()) if self.rank < self.embedding_dim else part
+            )
+        matrix = self.projection.detach() if self.rank < self.embedding_dim else torch.eye(self.rank).to(self.levels)
+        part = self._as_part(self._numbers(self.weight).to(torch.uint8))
+        return as_table(self, linear_part(part, self.levels[1][:, None] * matrix, self._book()[:, 0] @ matrix))
 
-    def _as_part(self) -> Part:
-        n, rows = self.num_embeddings, len(self.weight)
-        if self.bits == _FLOAT_BITS and rows == n:
-            return rows_part(self.weight.detach())
-        if rows == n:
-            return books_part(self._book()[:, :, None], self._packed().cpu().numpy(), self.bits)
-        own = 0 if self.hot is None else self._own(rows)
-        place = hashed(self.seed, rows - own)
-        if self.bits == _FLOAT_BITS:
-            others = hashed_part(self.rank, [Term(self.weight.detach()[own:], place)], rows=n)
-        else:
-            numbers = self._numbers(self.weight[own:]).to(torch.uint8)
-            base, step = self._book()[:, 0].contiguous(), self.levels[1].contiguous()
-            terms = [
-                Term(numbers, place, column, 1, self.rank, column, weight=Scalar(step, digit(1), offset=column))
-                for column in range(self.rank)
-            ]
-            others = hashed_part(self.rank, [*terms, Term(base, digit(1))], rows=n)
-        if self.hot is None:
-            return others
-        ids = self._most_frequent(own).numpy()
-        if self.bits == _FLOAT_BITS:
-            return switch_part(n, [(ids, rows_part(self.weight.detach()[:own]))], others)
-        codes = self._packed()[:own].cpu().numpy()
-        return switch_part(n, [(ids, books_part(self._book()[:, :, None], codes, self.bits))], others)
+    def _as_part(self, values: Tensor) -> Part:
+        """Floats, or numbers of levels."""
+        n, rows = self.num_embeddings, len(values)
+        own = self._own(rows)
+        mine = None
+        if own:
+            mine = rows_part(values[:own]) if self.bits == _FLOAT_BITS else self._packed_part(own)
+        if mine is not None and own == n:
+            return mine
+        others = hashed_part(self.rank, [Term(values[own:].contiguous(), hashed(self.seed, rows - own))], rows=n)
+        return others if mine is None else switch_part(n, [(self._most_frequent(own).numpy(), mine)], others)
+
+    def _packed_part(self, own: int) -> Part:
+        book = torch.arange(2**self.bits, dtype=torch.uint8)
+        terms = [Term(book, stored(column, len(book)), column, 1, 1) for column in range(self.rank)]
+        return hashed_part(self.rank, terms, codes=self._packed()[:own].cpu().numpy(), bits=self.bits)
