@@ -161,7 +161,9 @@ class DedupEmbedding(TrainedEmbedding):
         directions = self.normal(blocks.shape[1], max(_HASHES), std=1.0).to(blocks)
         shifts = torch.rand(max(_HASHES), generator=self._generator).to(blocks)
         products = blocks @ directions
-        found = [self._narrowest(products[:, :hashes], shifts[:hashes]) for hashes in _HASHES]
+        # Fewer hashes would have to cut finer than fits many blocks.
+        numbers = [hashes for hashes in _HASHES if 4**hashes >= min(self.n_blocks, 4 ** _HASHES[-1])]
+        found = [self._narrowest(products[:, :hashes], shifts[:hashes]) for hashes in numbers]
         errors = [float(((blocks - _means(blocks, uses, one)[one]).square() * uses).sum()) for one in found]
         return found[int(np.argmin(errors))]
 
