@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from vqrs.torch.trained.base import FLOAT_BYTES, Size, TrainedEmbedding, Training
-from vqrs.torch.trained.cce import HotIds, pack_bits
+from vqrs.torch.trained.cce import HotIds, most_frequent, pack_bits
 from vqrs.torch.trained.export import (
     Part,
     Term,
@@ -118,7 +118,9 @@ class LowRankIntEmbedding(TrainedEmbedding):
         self.register_buffer("levels", torch.ones(2 if self.bits < _FLOAT_BITS else 0, self.rank, device=device))
         self.hot = None
         if own < min(rows, self.num_embeddings) and own:
-            self.hot = HotIds(self._most_frequent(own), self.num_embeddings).to(device)
+            self.hot = HotIds(most_frequent(self._frequencies, self.num_embeddings, own), self.num_embeddings).to(
+                device
+            )
         self._refresh()
 
     # -- sizes ------------------------------------------------------------------------------------------------------
@@ -157,7 +159,7 @@ class LowRankIntEmbedding(TrainedEmbedding):
             )
             raise budget.unreachable(least, self.name)
         ranked = self._lookups()
-        found, rank, bits = max(fitting, key=lambda option: self._value(*option, ranked))
+        found, rank, bits = max(fitting, key=lambda option: self._value(option[0], option[1], option[2], ranked))
         return rank, bits, found
 
     def _shapes(self, rank: int | None, bits: int | None) -> list[tuple[int, int]]:
@@ -198,11 +200,6 @@ class LowRankIntEmbedding(TrainedEmbedding):
         if self._frequencies is None or not self._frequencies.any():
             return None
         return np.cumsum(np.sort(self._frequencies)[::-1])
-
-    def _most_frequent(self, own: int) -> Tensor:
-        if self._frequencies is None:
-            return torch.arange(own) * self.num_embeddings // own
-        return torch.from_numpy(np.sort(np.argsort(-self._frequencies, kind="stable")[:own]))
 
     # -- rows -------------------------------------------------------------------------------------------------------
 
@@ -286,7 +283,11 @@ class LowRankIntEmbedding(TrainedEmbedding):
         if mine is not None and own == n:
             return mine
         others = hashed_part(self.rank, [Term(values[own:].contiguous(), hashed(self.seed, rows - own))], rows=n)
-        return others if mine is None else switch_part(n, [(self._most_frequent(own).numpy(), mine)], others)
+        return (
+            others
+            if mine is None
+            else switch_part(n, [(most_frequent(self._frequencies, n, own).numpy(), mine)], others)
+        )
 
     def _packed_part(self, own: int) -> Part:
         book = torch.arange(2**self.bits, dtype=torch.uint8)
