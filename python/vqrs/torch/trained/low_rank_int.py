@@ -186,14 +186,16 @@ class LowRankIntEmbedding(TrainedEmbedding):
         return self.budget.largest(lambda m: self._cost(m, rank, bits), 1, self.num_embeddings - 1, self.name)
 
     def _value(self, rows: int, rank: int, bits: int, ranked: NDArray[np.float64] | None) -> float:
-        """How good rows of that shape may be: the share of lookups with rows of their own, times what their bits tell.
+        """How good rows of that shape may be: what their bits tell, times the square of the lookups that they cover.
 
-        Measured on synthetic ratings: 16, 32 and 64 bits give 0.7, 0.9 and nearly all of what the full table gives.
+        Measured on synthetic ratings: 16, 32 and 64 bits give 0.7, 0.9 and nearly all of what the full table gives;
+        and ids that share rows spoil the learning of the others, so that all ids at 16 bits are better than nine
+        tenths of them at 24.
         """
         own = self._own(rows)
         covered = own / self.num_embeddings if ranked is None else float(ranked[own - 1] / ranked[-1]) if own else 0.0
         told = 1 - 2 ** (-rank * min(bits, 8) / 9)
-        return covered * told + (1 - covered) * 0.15 * min(1.0, rows / 100)
+        return told * covered**2 + 1e-3 * rows / self.num_embeddings  # where nothing is covered, more rows
 
     def _lookups(self) -> NDArray[np.float64] | None:
         """Lookups of the most frequent ids together; None where nothing is known."""
