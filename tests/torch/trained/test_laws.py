@@ -297,6 +297,39 @@ def test_gradients_reach_what_is_trained(name):
     assert groups or METHODS[name].name in ("int8", "int16", "alpt")
 
 
+STRAIGHT_THROUGH = {"alpt", "dpq", "dpq-sx", "int8", "int16", "low-rank-int", "mgqe", "optembed"}
+"""What they round or mask has no gradient of its own: their own tests hold the one that is used in its place."""
+
+
+@pytest.mark.parametrize("name", sorted(set(METHODS) - STRAIGHT_THROUGH))
+def test_gradients_are_those_of_the_function(name):
+    """In float64, along a random direction through all parameters at once."""
+    module = at_ratio(name).double().train()
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(ROWS, (40,), generator=generator)
+    weights = torch.randn(40, DIM, dtype=torch.float64, generator=generator)
+
+    def value():
+        module._generator.manual_seed(2)  # the same draws each time, where a method draws
+        return (module(ids) * weights).sum()
+
+    parameters = [p for group in module.parameter_groups() for p in group["params"]]
+    gradients = torch.autograd.grad(value(), parameters)
+    direction = [torch.randn(p.shape, dtype=torch.float64, generator=generator) for p in parameters]
+    along = sum(float((g * d).sum()) for g, d in zip(gradients, direction, strict=True))
+
+    def value_at(distance):
+        with torch.no_grad():
+            for parameter, step in zip(parameters, direction, strict=True):
+                parameter.add_(step, alpha=distance)
+            found = value()
+            for parameter, step in zip(parameters, direction, strict=True):
+                parameter.sub_(step, alpha=distance)
+        return float(found)
+
+    assert along == pytest.approx((value_at(1e-6) - value_at(-1e-6)) / 2e-6, rel=1e-4, abs=1e-6)
+
+
 @every_method
 def test_tables_give_the_rows_of_the_module(name, trained, tmp_path):
     module = trained(name).module.eval()
