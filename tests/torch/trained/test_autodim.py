@@ -66,6 +66,13 @@ def test_only_alpha_moves_in_its_step():
     assert not any(p is module.alpha for group in module.parameter_groups() for p in group["params"])
 
 
+def test_training_batches_do_not_reach_alpha():
+    module = AutoDimEmbedding(ROWS, 8, field_sizes=FIELDS, random_state=0).train()
+    Loop(module).validation_loss().backward()
+    assert module.alpha.grad is None
+    assert module.weight.grad is not None
+
+
 def test_rows_of_the_search_are_normalised_and_mixed():
     module = AutoDimEmbedding(ROWS, 4, field_sizes=FIELDS, random_state=0).train()
     module.temperature = 1e-6
@@ -92,6 +99,7 @@ def test_the_mixture_is_that_of_batch_normalised_outputs():
         for candidate, columns in enumerate([slice(0, 1), slice(1, 3), slice(3, 7)]):
             outputs = module.weight[ids[chosen]][:, columns] @ module.linear[field, columns]
             expected[chosen] += weights[field, candidate] * F.batch_norm(outputs, None, None, training=True) / 2
+    module._selecting = True
     found = module(ids)
     torch.testing.assert_close(found, expected)
     for one, other in zip(

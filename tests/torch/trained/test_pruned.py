@@ -367,6 +367,9 @@ def test_autosrh_moves_alpha_alone_in_its_step():
     module = AutoSrhEmbedding(60, 8, frequencies=range(60), random_state=0)
     loop = Loop(module, 1, 10)
     weight, alpha = module.weight.detach().clone(), module.alpha.detach().clone()
+    loop.batch_loss().backward()
+    assert module.alpha.grad is None
+    module.weight.grad = None
     loop.step = 1
     module.on_step(loop)
     assert torch.equal(module.weight, weight)

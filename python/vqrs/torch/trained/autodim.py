@@ -217,7 +217,9 @@ class AutoDimEmbedding(FieldBlocks):
     def _mixed(self, ids: Tensor) -> Tensor:
         """Rows as the search trains them."""
         self._batch = len(ids) / len(self.field_sizes)
-        weights = soft_choice(self.alpha, self._noise(), self.temperature)
+        # α learns from validation batches alone.
+        alpha = self.alpha if self._selecting else self.alpha.detach()
+        weights = soft_choice(alpha, self._noise(), self.temperature)
         owner = torch.tensor(self.candidates, device=ids.device)
         owner = torch.arange(len(owner), device=ids.device).repeat_interleave(owner)
         owned = F.one_hot(owner).to(self.linear)
@@ -287,8 +289,6 @@ class AutoDimEmbedding(FieldBlocks):
         finally:
             self._selecting = False
         normalised_step(self.alpha, gradient, max(self.alpha_rate, 1 / steps))
-        # Its gradient from the training loss is for nobody.
-        self.alpha.grad = None
         self.temperature = temperature_at(training.step, batch, steps)
         self.finished = training.step >= steps
 

@@ -94,13 +94,16 @@ class AutoSrhEmbedding(PrunedEmbedding):
         else:
             order = np.argsort(-self._frequencies, kind="stable")
             group[order] = np.arange(num_embeddings) * num_groups // num_embeddings
+        self._selecting = False
         device = self.weight.device
         self.register_buffer("group", torch.from_numpy(group).to(device))
         self.alpha = nn.Parameter(torch.ones(num_groups, embedding_dim, device=device))
 
     def _values(self, ids: Tensor | None = None) -> Tensor:
         group = self.group if ids is None else self.group[ids]
-        return super()._values(ids) * F.embedding(group.long(), self.alpha)
+        # α learns from validation batches alone.
+        alpha = self.alpha if self._selecting else self.alpha.detach()
+        return super()._values(ids) * F.embedding(group.long(), alpha)
 
     def _forget(self) -> None:
         self.alpha = nn.Parameter(self.alpha.new_empty(0), requires_grad=False)
@@ -115,11 +118,13 @@ class AutoSrhEmbedding(PrunedEmbedding):
         if self.pruned or self.finished:
             return
         steps = self._search_steps(training, self.search_epochs)
-        loss = training.validation_loss() + self.l1 * self.alpha.sum()
+        self._selecting = True
+        try:
+            loss = training.validation_loss() + self.l1 * self.alpha.sum()
+        finally:
+            self._selecting = False
         (gradient,) = torch.autograd.grad(loss, self.alpha)
         normalised_step(self.alpha, gradient, max(self.alpha_rate, 1 / steps))
         with torch.no_grad():
             self.alpha.clamp_(0, 1)
-        # Its gradient from the training loss is for nobody.
-        self.alpha.grad = None
         self.finished = training.step >= steps
