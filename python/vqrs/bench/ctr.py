@@ -10,6 +10,7 @@ import ast
 import json
 import multiprocessing
 import os
+import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
@@ -215,6 +216,7 @@ def _results(plan: Plan, cells: list[Cell], out: Path, n_jobs: int) -> Iterator[
         yield from map(worker.run_cell, cells)
         return
     context = multiprocessing.get_context("spawn")
+    before = set(multiprocessing.active_children())
     with ProcessPoolExecutor(n_jobs, mp_context=context, initializer=_start_worker, initargs=(plan, out)) as pool:
         pending = {pool.submit(_run_in_worker, cell) for cell in cells}
         try:
@@ -223,7 +225,10 @@ def _results(plan: Plan, cells: list[Cell], out: Path, n_jobs: int) -> Iterator[
                 for future in ready:
                     yield future.result()
         except BaseException:
+            # Workers would go on with the cells that they have been given: minutes. What is written is whole.
             pool.shutdown(wait=False, cancel_futures=True)
+            for process in set(multiprocessing.active_children()) - before:
+                process.terminate()
             raise
 
 
@@ -257,6 +262,7 @@ _worker: _Worker | None = None
 
 def _start_worker(plan: Plan, out: Path) -> None:
     global _worker
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that started this one
     _worker = _Worker(plan, out)
 
 

@@ -1,8 +1,11 @@
 """``vqrs bench``: what its commands read, write, print and refuse."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 from typer.testing import CliRunner
@@ -83,6 +86,25 @@ def test_ctr_as_json_with_every_kind_of_budget(tmp_path):
     lines = [json.loads(line) for line in (tmp_path / "new" / "runs.jsonl").read_text().splitlines()]
     assert {line["learning_rate"] for line in lines} == {1e-3, 1e-2}
     assert {json.dumps(json.loads(line["key"])[1]) for line in lines} == {'{"random_state": 3}'}
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
+def test_ctr_is_interrupted(tmp_path):
+    """Ctrl-C reaches all processes of the terminal's group; those that train do not go on with what is queued."""
+    out = tmp_path / "runs.jsonl"
+    methods = ["--method", "low-rank", "--method", "hash", "--method", "robe", "--jobs", "2", "--out", str(out)]
+    long = ["synthetic-2000x2000x200000", "--model", "gmf", "--dim", "16", "--seeds", "1", "--epochs", "3"]
+    program = [sys.executable, "-m", "vqrs", "bench", "ctr", *long, *methods]
+    process = subprocess.Popen(program, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    while process.poll() is None and not (out.exists() and out.stat().st_size):
+        time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGINT)
+    error = process.communicate()[1]
+    assert process.returncode == cli.INTERRUPTED
+    assert error.splitlines()[-1] == "vqrs: interrupted"
+    assert "Traceback" not in error
+    lines = [json.loads(line) for line in out.read_text().splitlines()]
+    assert len({line["key"] for line in lines}) < 5  # of 9
 
 
 def test_report(runs):
