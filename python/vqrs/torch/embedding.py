@@ -444,6 +444,8 @@ class _TableModule(nn.Module):
                 f"reassign cannot encode a table of kind {self._table.kind!r}, whose groups of rows have a quantizer "
                 "each: make a table of one kind, or compress the new rows"
             )
+        if all(self._table.kind != kind["name"] for kind in _core.kinds()):
+            raise ValueError(f"reassign cannot encode a table of kind {self._table.kind!r}: no quantizer made it")
         if learning_rate is not None:
             ids, target = self._step(ids, learning_rate)
         ids = torch.arange(self.num_embeddings) if ids is None else ids.detach().cpu().long()

@@ -107,15 +107,31 @@ impl Place {
     }
 }
 
-/// Copies, adds or multiplies a piece for each row.
+/// What is done with a piece.
+#[derive(Clone, Copy)]
+enum Put {
+    Store,
+    Add,
+    Multiply,
+}
+
+/// Stores, adds or multiplies a piece of each row.
 #[inline(always)]
-fn put<T: Copy>(values: &[T], to: impl Fn(T) -> f32, term: &Term, at: &[(usize, f32)], dim: usize, out: &mut [f32]) {
+fn put<T: Copy>(
+    values: &[T],
+    to: impl Fn(T) -> f32,
+    (term, how): (&Term, Put),
+    at: &[(usize, f32)],
+    dim: usize,
+    out: &mut [f32],
+) {
     for (row, (at, factor)) in out.chunks_exact_mut(dim).zip(at) {
         let columns = row[term.start..term.start + term.width].iter_mut();
         let piece = columns.zip(&values[*at..*at + term.width]);
-        match term.multiply {
-            true => piece.for_each(|(column, value)| *column *= to(*value) * factor),
-            false => piece.for_each(|(column, value)| *column += to(*value) * factor),
+        match how {
+            Put::Store => piece.for_each(|(column, value)| *column = to(*value) * factor),
+            Put::Add => piece.for_each(|(column, value)| *column += to(*value) * factor),
+            Put::Multiply => piece.for_each(|(column, value)| *column *= to(*value) * factor),
         }
     }
 }
@@ -229,9 +245,12 @@ impl Form for Hashed {
         for (block, out) in out.chunks_mut(BLOCK_ROWS * dim).enumerate() {
             let start = rows.range.start + block * BLOCK_ROWS;
             let positions = start..start + out.len() / dim;
-            // Nothing changes by being added to this zero, a zero's sign neither.
-            out.fill(-0.0);
-            for term in &self.spec.terms {
+            let stored = self.spec.terms[0].width == dim;
+            if !stored {
+                // Nothing changes by being added to this zero, a zero's sign neither.
+                out.fill(-0.0);
+            }
+            for (number, term) in self.spec.terms.iter().enumerate() {
                 for (at, position) in at.iter_mut().zip(positions.clone()) {
                     let row = rows.ids.get(position);
                     let code = &rows.codes[row * self.row_bytes..][..self.row_bytes];
@@ -242,12 +261,18 @@ impl Form for Hashed {
                     *at = (self.start(&term.piece, id, code), if sign { -weight } else { weight });
                 }
                 let array = &self.arrays[term.piece.array];
+                let how = match term.multiply {
+                    true => Put::Multiply,
+                    false if stored && number == 0 => Put::Store,
+                    false => Put::Add,
+                };
+                let job = (term, how);
                 match array.dtype {
-                    Dtype::F32 => put(array.floats(), |value| value, term, &at, dim, out),
-                    Dtype::F16 => put(array.halves(), |bits| f16::from_bits(bits).to_f32(), term, &at, dim, out),
-                    Dtype::Bf16 => put(array.halves(), |bits| bf16::from_bits(bits).to_f32(), term, &at, dim, out),
-                    Dtype::I8 => put(array.integers(), f32::from, term, &at, dim, out),
-                    _ => put(array.data.bytes(), f32::from, term, &at, dim, out),
+                    Dtype::F32 => put(array.floats(), |value| value, job, &at, dim, out),
+                    Dtype::F16 => put(array.halves(), |bits| f16::from_bits(bits).to_f32(), job, &at, dim, out),
+                    Dtype::Bf16 => put(array.halves(), |bits| bf16::from_bits(bits).to_f32(), job, &at, dim, out),
+                    Dtype::I8 => put(array.integers(), f32::from, job, &at, dim, out),
+                    _ => put(array.data.bytes(), f32::from, job, &at, dim, out),
                 }
             }
         }
