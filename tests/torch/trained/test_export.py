@@ -152,6 +152,26 @@ def test_rows_of_no_case_are_zeros():
     check(switch_part(ROWS, [(range(7, 9), rows_part(expected[7:9]))]), expected)
 
 
+@pytest.mark.parametrize("in_order", [False, True])
+def test_groups_of_rows(in_order):
+    group_of = torch.randint(3, (ROWS,), generator=torch.Generator().manual_seed(0))
+    if in_order:
+        group_of = group_of.sort().values
+    expected, weight = torch.zeros(ROWS, DIM), normal(ROWS, DIM)
+    counts = torch.bincount(group_of).tolist()
+    for group in (1, 2):
+        expected[group_of == group] = weight[: counts[group]]
+    codes = vqrs.reference.pack_bits(np.arange(counts[2])[:, None], 10)
+    parts = [
+        hashed_part(DIM, [Term(torch.zeros(DIM), digit(1))], rows=counts[0]),
+        rows_part(weight[: counts[1]]),
+        export.books_part(weight[None, : counts[2]], codes, 10),
+    ]
+    check(export.segments_part(group_of, parts), expected)
+    with pytest.raises(ValueError, match="groups have"):
+        export.segments_part(group_of, parts[::-1])
+
+
 def test_wrong_parts_are_refused():
     rows = rows_part(normal(3, DIM))
     for ids in (

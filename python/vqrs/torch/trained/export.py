@@ -48,6 +48,7 @@ __all__ = [
     "levels_part",
     "linear_part",
     "rows_part",
+    "segments_part",
     "stored",
     "switch_part",
 ]
@@ -385,6 +386,44 @@ def switch_part(
         "shared": dict(shared or {}),
     }
     return Part(description, tensors, codes)
+
+
+def segments_part(group_of: ArrayLike, parts: Sequence[Part]) -> Part:
+    """Rows in groups, whose codes may have different lengths.
+
+    Where most rows belong to a case, this is smaller than :func:`switch_part`: a row takes the bits of its group's
+    number. Such rows do not stand apart, so that no other part can hold this one.
+
+    Parameters
+    ----------
+    group_of : int array of shape (rows,)
+        The group of each row.
+    parts : sequence of Part
+        At most 256; each has the rows of its group, in their order.
+
+    Returns
+    -------
+    Part
+
+    Raises
+    ------
+    ValueError
+        A part has another number of rows than its group.
+    """
+    groups = np.asarray(group_of)
+    counts = np.bincount(groups, minlength=len(parts)).tolist()
+    if counts != [part.rows for part in parts]:
+        raise ValueError(f"groups have {counts} rows, their parts {[part.rows for part in parts]}")
+    tensors = {f"groups.{at}.{name}": value for at, part in enumerate(parts) for name, value in part.tensors.items()}
+    mapped = bool((np.diff(groups) < 0).any())
+    if mapped:
+        tensors["map"] = pack_bits(groups[None], max(len(parts) - 1, 1).bit_length())[0]
+    described = [{"rows": part.rows, "decoder": part.description} for part in parts]
+    description = {"form": "segments", "dim": parts[0].dim, "map": mapped, "groups": described}
+    codes = np.zeros(len(groups) * row_bytes(description), np.uint8)
+    flat = np.concatenate([part.codes.reshape(-1) for part in parts])
+    codes[: len(flat)] = flat
+    return Part(description, tensors, codes.reshape(len(groups), -1))
 
 
 def as_table(module: TrainedEmbedding, part: Part, kind: str | None = None) -> vqrs.Table:

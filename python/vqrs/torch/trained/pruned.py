@@ -12,7 +12,16 @@ from torch.nn import functional as F
 
 from vqrs.reference import pack_bits
 from vqrs.torch.trained.base import FLOAT_BYTES, Size, TrainedEmbedding, Training
-from vqrs.torch.trained.export import Part, as_table, rows_part, switch_part
+from vqrs.torch.trained.export import (
+    Part,
+    Term,
+    as_table,
+    digit,
+    hashed_part,
+    rows_part,
+    segments_part,
+    switch_part,
+)
 from vqrs.torch.trained.positions import find_positions, pack_positions, positions_nbytes
 
 if TYPE_CHECKING:
@@ -304,10 +313,10 @@ class PrunedEmbedding(TrainedEmbedding):
         return PackedRows(values, positions, (self.num_embeddings, self.embedding_dim))
 
     def to_table(self) -> vqrs.Table:
-        """The same rows: for each number of values that rows keep, the ids of those rows and their values.
+        """The same rows, in groups that keep as many values each.
 
-        Ids are stored for each row that is not all zeros, so that the file is larger than :meth:`inference_nbytes`,
-        up to twice where most rows are zeros: :meth:`packed` is the smallest form.
+        A file stores the group and the columns of each row by themselves, so that it is larger than
+        :meth:`inference_nbytes`: :meth:`packed` is the smallest form.
         """
         if self.kept == self._size and not self.pruned:
             return as_table(self, rows_part(self._values().detach().to(self._value_type)))
@@ -316,13 +325,23 @@ class PrunedEmbedding(TrainedEmbedding):
             return as_table(self, rows_part(values.reshape(self.num_embeddings, self.embedding_dim)))
         rows = positions // self.embedding_dim
         counts = torch.bincount(rows, minlength=self.num_embeddings)
-        cases = []
-        for count in counts.unique().tolist():
-            if count:
-                chosen = counts[rows] == count
-                columns = (positions[chosen] % self.embedding_dim).reshape(-1, count)
-                part = sparse_part(columns, values[chosen].reshape(-1, count), self.embedding_dim)
-                cases.append(((counts == count).nonzero()[:, 0].numpy(), part))
+        sizes, group_of = counts.unique(return_inverse=True)
+        parts = []
+        for group, count in enumerate(sizes.tolist()):
+            if not count:
+                zeros = Term(torch.zeros(self.embedding_dim), digit(1))
+                parts.append(hashed_part(self.embedding_dim, [zeros], rows=int((group_of == group).sum())))
+                continue
+            chosen = counts[rows] == count
+            columns = (positions[chosen] % self.embedding_dim).reshape(-1, count)
+            parts.append(sparse_part(columns, values[chosen].reshape(-1, count), self.embedding_dim))
+        # The group of every row, or the numbers of the rows that are not zeros: whichever takes fewer bits.
+        listed = int((counts > 0).sum()) * (self.num_embeddings - 1).bit_length()
+        if len(parts) <= 256 and self.num_embeddings * (len(parts) - 1).bit_length() <= listed:
+            return as_table(self, segments_part(group_of.numpy(), parts))
+        cases = [
+            ((group_of == group).nonzero()[:, 0].numpy(), part) for group, part in enumerate(parts) if sizes[group]
+        ]
         return as_table(self, switch_part(self.num_embeddings, cases))
 
     def __getstate__(self) -> dict[str, Any]:
