@@ -50,7 +50,7 @@ N_ROWS, DIM = 20, 5
 
 def hashed_places() -> tuple[dict, dict, np.ndarray]:
     """Every kind of place, a sign, a weight, a product, and pieces that overlap."""
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(2)
 
     def piece(array: int, stride: int, offset: int, **place) -> dict:
         return {"array": array, "place": place, "stride": stride, "offset": offset}
@@ -62,16 +62,28 @@ def hashed_places() -> tuple[dict, dict, np.ndarray]:
         {"start": 1, "width": 4, "piece": piece(2, 4, 0, kind="digit", divisor=3, size=7), "multiply": True},
     ]
     description = {"form": "hashed", "dim": DIM, "bits": 3, "first": 5, "terms": terms}
-    arrays = [rng.normal(size=14).astype(np.float32), rng.normal(size=N_ROWS).astype(np.float16)]
-    tensors = {f"arrays.{n}": array for n, array in enumerate([*arrays, rng.integers(-9, 9, (7, 4)).astype(np.int8)])}
+    tensors = {f"arrays.{n}": rng.normal(size=s).astype(np.float32) for n, s in enumerate([14, N_ROWS, (7, 4)])}
     return description, tensors, rng.integers(0, 64, size=(N_ROWS, 1)).astype(np.uint8)
+
+
+def hashed_types() -> tuple[dict, dict, np.ndarray]:
+    """Arrays of all other types, one behind the other."""
+    rng = np.random.default_rng(3)
+    halves, brain = rng.normal(size=N_ROWS), rng.normal(size=N_ROWS).astype(np.float32).view(np.uint32) >> 16
+    integers = rng.integers(-128, 128, size=N_ROWS)
+    arrays = [halves.astype(np.float16), brain.astype(np.uint16), integers.astype(np.int8), integers.astype(np.uint8)]
+    place = {"kind": "digit", "divisor": 1, "size": N_ROWS}
+    pieces = [{"array": n, "place": place, "stride": 1, "offset": 0} for n in (0, 1, 2, 3, 3)]
+    terms = [{"start": column, "width": 1, "piece": piece} for column, piece in enumerate(pieces)]
+    description = {"form": "hashed", "dim": DIM, "bits": 0, "first": 0, "terms": terms}
+    return description, {f"arrays.{n}": a for n, a in enumerate(arrays)}, np.empty((N_ROWS, 0), np.uint8)
 
 
 def switch_cases() -> tuple[dict, dict, np.ndarray]:
     """A list, rows from a start on, what is left over, and a shared array."""
     rng = np.random.default_rng(1)
-    levels = {"form": "levels", "dim": DIM, "dtype": "float16", "granularity": "row", "block_size": 64,
-              "symmetric": False, "scale_factor": 1.0, "offset_factor": 1.0}  # fmt: skip
+    levels = {"form": "levels", "dim": DIM, "dtype": "int8", "granularity": "row", "block_size": 64,
+              "symmetric": True, "scale_factor": 1.0, "offset_factor": 1.0}  # fmt: skip
     piece = {"array": 0, "place": {"kind": "hash", "seed": 7, "size": 3}, "stride": DIM, "offset": 0}
     terms = [{"start": 0, "width": DIM, "piece": piece}]
     hashed = {"form": "hashed", "dim": DIM, "bits": 0, "first": 4, "terms": terms}
@@ -79,14 +91,16 @@ def switch_cases() -> tuple[dict, dict, np.ndarray]:
     shared = {"otherwise.arrays.0": "cases.1.decoder.arrays.0"}
     description = {"form": "switch", "dim": DIM, "cases": cases, "otherwise": hashed, "shared": shared}
     tensors = {
-        "cases.0.ids": reference.pack_bits(np.array([[2, 5, 19]]), 5)[0],
-        "cases.0.codes": rng.normal(size=(3, DIM)).astype(np.float16).view(np.uint8),
+        "cases.0.ids": reference.pack_bits(np.array([[3, 7, 19]]), 5)[0],
+        "cases.0.codes": np.hstack(
+            [rng.integers(0, 256, (3, DIM)).astype(np.uint8), np.full((3, 1), 0.0078125, np.float16).view(np.uint8)]
+        ),
         "cases.1.decoder.arrays.0": rng.normal(size=(3, DIM)).astype(np.float32),
     }
     return description, tensors, np.empty((N_ROWS, 0), np.uint8)
 
 
-PARTS = {"hashed-places-v1": hashed_places, "switch-cases-v1": switch_cases}
+PARTS = {"hashed-places-v1": hashed_places, "hashed-types-v1": hashed_types, "switch-cases-v1": switch_cases}
 
 
 ABOUT = {"names": [f"row {i}" for i in range(N_ROWS)], "metadata": {"made by": "make_golden.py"}}

@@ -20,6 +20,8 @@ onnx = pytest.importorskip("onnx", reason="export to ONNX needs onnx")
 onnxruntime = pytest.importorskip("onnxruntime", reason="running an exported model needs onnxruntime")
 
 GOLDEN = {path.stem: path for path in sorted((Path(__file__).parents[1] / "data").glob("*.safetensors"))}
+COMPUTED = {name: GOLDEN.pop(name) for name in list(GOLDEN) if name.startswith(("hashed", "switch"))}
+"""Tables whose rows are computed from their numbers, in 64 bits."""
 N_ROWS, DIM = 3000, 32
 
 
@@ -144,6 +146,13 @@ def test_trained_values_are_exported(name: str, tmp_path: Path) -> None:
     export(embedding, (ids,), tmp_path / "model.onnx", dynamo=False)
     torch.testing.assert_close(run(tmp_path / "model.onnx", ids), embedding(ids).detach(), rtol=1e-6, atol=1e-6)
     assert all(parameter.requires_grad for parameter in embedding.parameters())
+
+
+@pytest.mark.parametrize("path", COMPUTED.values(), ids=COMPUTED)
+def test_rows_computed_from_their_numbers_are_refused(path: Path, tmp_path: Path) -> None:
+    embedding = vqrs.torch.Embedding.from_table(path)
+    with pytest.raises(ValueError, match="computed from their numbers, which ONNX cannot"):
+        export(embedding, (torch.tensor([1]),), tmp_path / "model.onnx", dynamo=False)
 
 
 # ---- graphs and files ------------------------------------------------------------------------------------------------

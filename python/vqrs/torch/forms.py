@@ -820,6 +820,14 @@ class HashedDecoder(Decoder):
         raise _unexportable("hashed")
 
 
+def _without_second_names(module: SwitchDecoder, state: dict[str, Any], prefix: str, _: Any) -> None:
+    """States hold shared tensors once, by the name that torch gives them."""
+    named = {name for name, _ in itertools.chain(module.named_parameters(), module.named_buffers())}
+    for name in itertools.chain.from_iterable(module.shared):
+        if name not in named:
+            state.pop(prefix + name, None)
+
+
 def _layers(terms: list[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
     """Terms of columns that lie side by side."""
     layer = terms[:1]
@@ -890,6 +898,7 @@ class SwitchDecoder(Decoder):
         otherwise = description["otherwise"]
         self.otherwise = otherwise and FORMS[otherwise["form"]](otherwise, _inner(tensors, "otherwise."), trainable)
         self._share()
+        self._register_state_dict_hook(_without_second_names)
 
     def _share(self) -> None:
         """Tensors that are stored once are one tensor."""
