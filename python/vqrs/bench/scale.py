@@ -84,10 +84,12 @@ def _train(
     from vqrs.torch.trained.hashing import hash_signs
 
     name, settings = parse_method(method)
+    made = vqrs.torch.methods()[name]
+    if made.per_id_state:
+        # Methods with pointers for frequent ids must know which these are.
+        settings["frequencies"] = np.arange(1, num_embeddings + 1, dtype=np.float64) ** -ZIPF
     torch.manual_seed(random_state)
-    embedding = vqrs.torch.methods()[name](
-        num_embeddings, embedding_dim, ratio=ratio, random_state=random_state, **settings
-    )
+    embedding = made(num_embeddings, embedding_dim, ratio=ratio, random_state=random_state, **settings)
     readout = torch.nn.Linear(embedding_dim, 1)
     optimizer = torch.optim.AdamW([{"params": list(readout.parameters())}, *embedding.parameter_groups()], fused=True)
     generator = np.random.default_rng(random_state)
