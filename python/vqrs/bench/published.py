@@ -53,6 +53,10 @@ OURS: dict[str, str] = {
 """Names of the published methods here; those missing have no counterpart."""
 
 
+ALLOWED = 0.02
+"""Difference from a published AUC that needs no explanation."""
+
+
 class Comparison(NamedTuple):
     """A published AUC and ours."""
 
@@ -103,8 +107,12 @@ def _ours(at: Iterable[Summary], name: str | None) -> Summary | None:
 
 
 def markdown_published(members: Sequence[Summary]) -> str:
-    """A line a published AUC with ours, then the best of each ppd; empty where nothing is published."""
-    compared = compare_published(members)
+    """A line a published AUC with ours, then the best of each ppd; empty where nothing is published.
+
+    Only the ppd that were run are told of, and a difference of more than ``ALLOWED`` is bold.
+    """
+    run = {s.value for s in members if s.unit == "ppd"}
+    compared = [one for one in compare_published(members) if one.ppd is None or one.ppd in run]
     rows = []
     for one in compared:
         ours, difference = one.ours, one.difference
@@ -116,13 +124,17 @@ def markdown_published(members: Sequence[Summary]) -> str:
                 f"{one.published:.3f}",
                 ours.method if ours is not None else DASH,
                 _text(ours, "auc") if ours is not None and reached else DASH,
-                DASH if difference is None else f"{difference:+.4f}",
+                DASH if difference is None else _difference(difference),
             ]
         )
     if not rows:
         return ""
     head = ["ppd", "published as", "published AUC", "here", "AUC", "difference"]
     return _rows(head, rows) + "\n\n" + _best_table(members, compared)
+
+
+def _difference(value: float) -> str:
+    return f"**{value:+.4f}**" if abs(value) > ALLOWED else f"{value:+.4f}"
 
 
 def _best_table(members: Sequence[Summary], compared: Sequence[Comparison]) -> str:

@@ -63,6 +63,13 @@ training holds parameter, gradient and the two slots of Adam."""
 
 TIE, DASH = " ≈", "–"
 
+_WITH_INTERVALS = ("auc", "log_loss", "validation_auc")
+"""Measures that are told with their intervals; others are sizes, or depend on the machine."""
+
+
+SLACK = 1.01
+"""A run is within a limit up to a hundredth: the few bytes of hash seeds shall not decide who takes part."""
+
 
 class Section(NamedTuple):
     """Runs that can be compared: of one data set, model and way of training."""
@@ -294,7 +301,7 @@ def winners(summaries: Iterable[Summary]) -> list[Winner]:
     """Who wins in each section, at each ratio that was asked for, by each count.
 
     The limit of a count is what the full table has of it, over the ratio; whatever budget a run was made with, it takes
-    part where it is within the limit.
+    part where it is within the limit, or over it by no more than a hundredth.
     """
     found = []
     for section, members in sections(summaries).items():
@@ -305,7 +312,7 @@ def winners(summaries: Iterable[Summary]) -> list[Winner]:
                 within = [
                     s
                     for s in members
-                    if s.unit is not None and "auc" in s.means and s.means.get(count, math.inf) <= limit * (1 + 1e-9)
+                    if s.unit is not None and "auc" in s.means and s.means.get(count, math.inf) <= limit * SLACK
                 ]
                 best = max(within, key=lambda s: s.means["auc"], default=None)
                 ties = [s for s in within if best is not None and s.method != best.method and _ties(s, best, "auc")]
@@ -314,7 +321,8 @@ def winners(summaries: Iterable[Summary]) -> list[Winner]:
 
 
 def _ratios(members: Iterable[Summary]) -> list[float]:
-    return sorted({s.ratio for s in members if s.unit is not None})
+    # What was asked for; bytes are whole, so that the ratio of a budget differs a little.
+    return sorted({s.value if s.unit == "ratio" and s.value else s.ratio for s in members if s.unit is not None})
 
 
 def _ties(one: Summary, best: Summary, measure: str) -> bool:
@@ -342,7 +350,7 @@ def _text(summary: Summary, measure: str) -> str:
         return f"{value:.3g}"
     if measure == "lookups_per_second":
         return f"{value / 1e6:.3g} M"
-    half = summary.intervals.get(measure)
+    half = summary.intervals.get(measure) if measure in _WITH_INTERVALS else None
     return f"{value:.4f}" + ("" if half is None else f" ± {half:.4f}")
 
 
@@ -351,10 +359,14 @@ def budget_text(unit: str | None, value: float | None, ratio: float) -> str:
     if unit is None:
         return "no budget"
     if unit == "ratio":
-        return f"{ratio:g}×"
+        return _times(value or ratio)
     names = {"nbytes": "bytes", "num_floats": "floats", "ppd": "rows a field"}
     amount = format_bytes(value or 0) if unit == "nbytes" else f"{value:,.0f} {names.get(unit, unit)}"
-    return f"{amount} ({ratio:.3g}×)"
+    return f"{amount} ({_times(ratio)})"
+
+
+def _times(ratio: float) -> str:
+    return f"{ratio:,.0f}×" if ratio >= 100 else f"{ratio:.3g}×"
 
 
 def _budgets(members: Iterable[Summary]) -> list[tuple[str, float]]:
@@ -374,9 +386,9 @@ def _marked(texts: Mapping[str, str], column: Mapping[str, Summary], measure: st
     best = (max if largest else min)(known, key=lambda s: s.means[measure])
     shown = dict(texts)
     for s in known:
-        if s is best:
+        if s.means[measure] == best.means[measure]:
             shown[s.method] = f"**{texts[s.method]}**"
-        elif _ties(s, best, measure):
+        elif measure in _WITH_INTERVALS and _ties(s, best, measure):
             shown[s.method] = texts[s.method] + TIE
     return shown
 
@@ -455,7 +467,7 @@ def markdown_winners(summaries: Iterable[Summary]) -> str:
     for winner in winners(summaries):
         by_line[winner.section, winner.ratio][winner.counted] = winner
     rows = [
-        [section.title, f"{ratio:.3g}×", *(_winner_text(found[count]) for count in _WINNER_HEADS)]
+        [section.title, _times(ratio), *(_winner_text(found[count]) for count in _WINNER_HEADS)]
         for (section, ratio), found in by_line.items()
     ]
     return _rows(["data", "smaller by", *(f"best by {head}" for head in _WINNER_HEADS.values())], rows)
@@ -507,7 +519,7 @@ def markdown_traits(found: Iterable[Mapping[str, Any]], summaries: Iterable[Summ
 
 
 def _winners_of(won: Iterable[Winner], count: str) -> str:
-    texts = [f"{w.ratio:.3g}×: {w.best.method}" for w in won if w.counted == count and w.best is not None]
+    texts = [f"{_times(w.ratio)}: {w.best.method}" for w in won if w.counted == count and w.best is not None]
     return ", ".join(texts) or DASH
 
 

@@ -167,12 +167,18 @@ def test_winner_by_each_count():
     assert "| 100× | cce 0.8000 | hash 0.7000 | hash 0.7000 |" in table
 
 
+def test_seeds_of_hashes_do_not_decide_who_takes_part():
+    seeded = summary("hash", 100, 0.7, inference_nbytes=646)
+    found = found_winners([seeded, summary("cce", 100, 0.8, inference_nbytes=660)])
+    assert found[100, "inference_nbytes"].best is seeded
+
+
 def test_nobody_reaches_it():
     lost = summary(
         "cce", 1000, None, error="cce needs at least 900 bytes here, the budget is 64", training_nbytes=5_000
     )
     assert {winner.best for winner in report.winners([lost])} == {None}
-    assert "| 1e+03× | – | – | – |" in report.markdown_winners([lost])
+    assert "| 1,000× | – | – | – |" in report.markdown_winners([lost])
 
 
 def test_ties():
@@ -187,9 +193,9 @@ def test_ties():
     assert not table["hash"]["10×"].endswith("≈")
 
 
-def test_one_seed_ties_only_with_an_equal():
+def test_one_seed_shares_with_an_equal_only():
     table = cells(report.markdown_table([summary("a", 10, 0.8), summary("b", 10, 0.7999), summary("c", 10, 0.8)]))
-    assert [table[name]["10×"] for name in "abc"] == ["**0.8000**", "0.7999", "0.8000 ≈"]
+    assert [table[name]["10×"] for name in "abc"] == ["**0.8000**", "0.7999", "**0.8000**"]
 
 
 # ---- tables --------------------------------------------------------------------------------------------------------
@@ -238,9 +244,9 @@ def test_details():
     assert table["hash"] == {
         "AUC": "0.7000",
         "log-loss": "0.6000",
-        "trained floats": "1,600 ≈",
-        "training": "25.0 KiB ≈",
-        "inference": "6.2 KiB ≈",
+        "trained floats": "**1,600**",
+        "training": "**25.0 KiB**",
+        "inference": "**6.2 KiB**",
         "table file": "–",
         "seconds": "**3**",
         "lookups/s": "**9 M**",
@@ -299,9 +305,25 @@ def test_beside_published():
     assert compared[256, "cce"].difference is None
     text = published.markdown_published(report.summarise(lines))
     assert "| 2048 | hash | 0.567 | hash | 0.5700 | +0.0030 |" in text
-    assert "| 8192 | robe | 0.843 | – | – | – |" in text
+    assert "| 2048 | robe | 0.646 | – | – | – |" in text
+    assert "| 8192 |" not in text  # not run
     assert "| 2048 | cce 0.678 | cce:num_columns=16 | 0.7000 | +0.0220 |" in text
     assert text in report.markdown_report(report.summarise(lines))
+
+
+def test_a_large_difference_from_the_published_stands_out():
+    lines = [at_ppd("hash", 2048, 0.5875), at_ppd("robe", 2048, 0.62)]
+    text = published.markdown_published(report.summarise(lines))
+    assert "| hash | 0.5875 | **+0.0205** |" in text
+    assert "| robe | 0.6200 | **-0.0260** |" in text
+    assert "| 2048 | cce 0.678 | robe | 0.6200 | -0.0580 |" in text
+
+
+def test_ratios_are_those_that_were_asked_for():
+    (one,) = report.summarise([run(ratio=1000.0) | {"ratio": 1000.24}])
+    assert "1,000×" in report.markdown_table([one])
+    assert {winner.ratio for winner in report.winners([one])} == {1000}
+    assert report.budget_text("ppd", 2048, 4.883) == "2,048 rows a field (4.88×)"
 
 
 def test_nothing_is_published_of_other_sets():
