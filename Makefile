@@ -79,7 +79,7 @@ bench-memory: $(VENV)/with-bench ## a table of 10,000,000 x 128: streamed, opene
 bench-torch: $(VENV)/with-bench ## eager lookups in torch beside its own modules (10 minutes, 8 GB), into docs/performance.md
 	$(RUN) -m benches.torch_lookup
 
-bench-ctr-small: $(VENV)/torch $(VENV)/with-test ## all methods that are trained compressed, on a small set (10 minutes)
+bench-ctr-small: $(VENV)/torch $(VENV)/with-test ## all methods that are trained compressed, on a small set (under 10 minutes)
 	$(RUN) -m vqrs bench ctr synthetic-2000x2000x200000 --model gmf:weights=False --dim 32 --separate \
 	    --ratio 3 --ratio 30 --seeds 1 --epochs 5 --batch-size 1024 --learning-rate 0.003 --compress auto --jobs 2 \
 	    --out target/bench-ctr-small/runs.jsonl

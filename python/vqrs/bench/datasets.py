@@ -28,6 +28,13 @@ class Batch(NamedTuple):
         Numbers, already transformed; ``n_numeric`` may be 0.
     labels : ndarray of float32, shape (n_rows,)
         0 or 1.
+
+    Examples
+    --------
+    >>> from vqrs.bench import open_dataset
+    >>> batch = next(open_dataset("synthetic-50x40x500").batches("train", 64))
+    >>> batch.ids.shape, batch.numeric.shape, batch.labels.dtype
+    ((64, 2), (64, 0), dtype('float32'))
     """
 
     ids: NDArray[np.int64]
@@ -46,6 +53,14 @@ class Rows(NamedTuple):
         Numbers, already transformed.
     labels : ndarray, shape (n_rows,)
         0 or 1, of any type.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> rows = Rows(ids=np.array([[0, 1], [1, 0]]), numeric=np.zeros((2, 0), np.float32), labels=np.array([0, 1]))
+    >>> parts = dict.fromkeys(["train", "validation", "test"], rows)
+    >>> Dataset("two", ["user", "item"], [2, 2], parts)
+    Dataset('two': 2 train, 2 validation, 2 test; 2 fields, 4 ids)
     """
 
     ids: NDArray[Any]
@@ -266,6 +281,11 @@ def open_dataset(source: str | Path, **options: Any) -> Dataset:
         Neither a name nor a path that is there.
     ValueError
         Files of no known format.
+
+    Examples
+    --------
+    >>> open_dataset("synthetic-50x40x500", random_state=1)
+    Dataset('synthetic-50x40x500': 400 train, 50 validation, 50 test; 2 fields, 90 ids)
     """
     from vqrs.bench import formats, synthetic
 
