@@ -274,6 +274,24 @@ def test_a_hundred_million_rows_take_no_bytes(tmp_path):
             opened[10**8]
 
 
+@pytest.mark.parametrize("spread", [2**10, 2**20, 2**32 - 1])
+def test_lists_find_their_ids_and_no_others(spread):
+    """Ids close together and far apart, up to the last of 32 bits."""
+    rng = np.random.default_rng(0)
+    ids = np.unique(np.concatenate([rng.integers(0, spread, 700), rng.integers(0, 2**32 - 1, 3), [2**32 - 2]]))
+    weight = (np.arange(len(ids)) + 1).astype(np.float32)
+    piece = {"array": 0, "place": {"kind": "digit", "divisor": 1, "size": len(ids)}, "stride": 1, "offset": 0}
+    inner = {"form": "hashed", "dim": 1, "bits": 0, "first": 0, "terms": [{"start": 0, "width": 1, "piece": piece}]}
+    case = {"bits": 32, "rows": len(ids), "decoder": inner}
+    description = {"form": "switch", "dim": 1, "cases": [case], "otherwise": None, "shared": {}}
+    tensors = {"cases.0.ids": ids.astype("<u4").view(np.uint8), "cases.0.decoder.arrays.0": weight}
+    table = table_of(description, tensors, np.empty((2**32 - 1, 0), np.uint8))
+    assert np.array_equal(table[ids][:, 0], weight)
+    near = np.unique(np.concatenate([ids - 1, ids + 1, rng.integers(0, 2**32 - 1, 1000)]))
+    others = np.setdiff1d(near[(near >= 0) & (near < 2**32 - 1)], ids)
+    assert not table[others].any()
+
+
 # ---- what is refused -------------------------------------------------------------------------------------------------
 
 
