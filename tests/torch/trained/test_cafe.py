@@ -116,6 +116,20 @@ def test_scores_are_gradient_norms_of_mean_one():
     assert scores == pytest.approx({3: 1.0, 4: 1.0, 5: 2.0})
 
 
+def test_all_passes_before_a_step_count():
+    ids, labels = torch.tensor([3, 3, 4, 5]), torch.tensor([1.0, 1.0, 2.0, 4.0])
+    sketches = []
+    for parts in ([slice(0, 4)], [slice(0, 1), slice(1, 4)]):
+        module = make(num_hot=50, threshold=1e9)
+        found = [(module(ids[part]).sum(1) * labels[part]).sum() for part in parts]
+        for loss in found:
+            loss.backward()
+        module.on_step(STEP)
+        sketches.append(module.scores)
+    torch.testing.assert_close(sketches[0], sketches[1])
+    assert float(sketches[0].sum()) == pytest.approx(4)
+
+
 def test_evaluation_leaves_the_sketch_alone():
     module = make(num_hot=50).eval()
     train_on(module, torch.arange(10))
@@ -184,3 +198,8 @@ def test_limits():
 def test_errors(settings, message):
     with pytest.raises(ValueError, match=message):
         make(**settings)
+
+
+def test_ids_of_more_than_32_bits_are_refused():
+    with pytest.raises(ValueError, match=f"cafe keeps ids in 32 bits, for at most {2**31} rows, got {2**31 + 1}"):
+        CafeEmbedding(2**31 + 1, D, nbytes=10_000)

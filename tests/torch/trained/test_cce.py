@@ -145,7 +145,6 @@ def test_the_schedule(epochs, settings, expected, monkeypatch):
     for training.step in range(1, 10 * epochs + 1):
         module.on_step(training)
     assert steps == expected
-    assert not settings or expected == [] or max(steps) <= 10 * epochs
 
 
 @pytest.mark.parametrize("listed", [True, False])
@@ -208,7 +207,11 @@ def test_stored_bits(bits):
     assert 0 < error < {16: 1e-6, 8: 1e-4}[bits]
     assert module.inference_nbytes() == 2 * 20 * D * bits // 8 + 16 + (2 * 4 * 4 if bits == 8 else 0)
     values = module.stored_weight()[0, 0]
-    assert torch.equal(values.half().float(), values) or len(values.unique()) <= 255
+    if bits == 16:
+        assert torch.equal(values.half().float(), values)
+    else:
+        levels = values / values.abs().max() * 127
+        torch.testing.assert_close(levels, levels.round(), rtol=0, atol=1e-3)
 
 
 def test_gradients_pass_the_rounding():

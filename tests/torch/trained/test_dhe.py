@@ -74,6 +74,14 @@ def test_budgets_are_used_to_the_unit(limit, unit):
     assert len(module.layers) == (6 if deep else 3)
 
 
+@pytest.mark.parametrize("budget", [{"nbytes": "1TiB"}, {"num_floats": 10**12}, {"ratio": 1e-6}])
+def test_no_network_is_larger_than_the_table_or_the_papers_own(budget):
+    assert DeepHashEmbedding(100, 8, **budget).layers[0].out_features == 1024
+    assert DeepHashEmbedding(100, 8, num_hashes=8, width=1024).trained_floats() > 100 * 8
+    shallow = DeepHashEmbedding(100_000, 64, architecture="shallow", **budget)
+    assert 0.99 * 6_400_000 < shallow.trained_floats() <= 6_400_000
+
+
 def test_unreachable_and_wrong_settings():
     with pytest.raises(ValueError, match="dhe needs at least 6 trained floats here"):
         DeepHashEmbedding(100, 1, num_floats=5)

@@ -1,5 +1,7 @@
 """DPQ and MGQE: codes that are trained, and that inference reads packed."""
 
+import copy
+import pickle
 from types import SimpleNamespace
 
 import numpy as np
@@ -98,6 +100,22 @@ def test_codes_follow_queries_that_change(kind):
     assert torch.equal(module(torch.tensor(33)), module(torch.tensor(40)))
 
 
+@pytest.mark.parametrize("kind", CLASSES)
+@pytest.mark.parametrize("copied", [lambda module: module, copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_codes_follow_queries_that_are_replaced(kind, copied):
+    """Through ``data``, which no version number tells of, and in copies, whose version numbers begin anew."""
+    module = make(kind).eval()
+    first = module.to_dense()
+    module.queries.data = module.queries.data.flip(0)
+    module = copied(module)
+    expected = make(kind).eval()
+    expected.load_state_dict(module.state_dict())
+    with torch.no_grad():
+        expected.queries += 0  # codes are found anew
+    np.testing.assert_array_equal(module.to_dense(), expected.to_dense())
+    assert not np.array_equal(module.to_dense(), first)
+
+
 @pytest.mark.parametrize("kind", [DPQEmbedding, MGQEEmbedding])
 def test_gradients_reach_queries_unchanged_and_entries_not_at_all(kind):
     module = make(kind)
@@ -117,7 +135,7 @@ def test_only_chosen_entries_move():
     before, counts = module.codebooks.clone(), module.counts.clone()
     ids = torch.tensor([7])
     module(ids).sum().backward()
-    chosen = module._seen.codes[0]
+    chosen = module._seen[0].codes[0]
     module.on_step(SimpleNamespace())
     moved = (module.codebooks != before).any(-1)
     for part in range(4):
@@ -128,6 +146,23 @@ def test_only_chosen_entries_move():
         past, entry = 0.99 * counts[part, chosen[part]], before[part, chosen[part]]
         expected = (past * entry + 0.01 * query) / (past + 0.01)
         assert torch.allclose(module.codebooks[part, chosen[part]], expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", [DPQEmbedding, MGQEEmbedding])
+def test_all_batches_before_a_step_move_entries(kind):
+    ids = torch.randint(N, (40,), generator=torch.Generator().manual_seed(0))
+    moved = []
+    for batches in ([ids], [ids[:15], ids[15:15], ids[15:]]):
+        module = make(kind)
+        module.counts.fill_(1.0)  # no entry is dead, so that nothing is drawn
+        for batch in batches:
+            module(batch).sum().backward()
+        with torch.no_grad():
+            module(torch.arange(N))  # a look without gradients leaves no trace
+        module.on_step(SimpleNamespace())
+        moved.append(module.codebooks.clone())
+    torch.testing.assert_close(moved[0], moved[1])
+    assert not torch.equal(moved[0], make(kind).codebooks)
 
 
 def test_softmax_gradients_are_those_of_the_soft_choice():
@@ -197,7 +232,7 @@ def test_rare_ids_keep_to_the_first_entries(bits):
     ids = torch.arange(N)
     module.train()
     module(ids)
-    assert module._seen.codes[~head].max() < 1 << max(1, bits - 2)
+    assert module._seen[0].codes[~head].max() < 1 << max(1, bits - 2)
 
 
 @pytest.mark.parametrize("n", [1, 7, 128, 1000, 1031])

@@ -60,6 +60,11 @@ def test_separate_fields_share_the_budget_by_rows():
     assert embedding(ids_of(3)).shape == (3, 4, 8)
 
 
+def test_a_share_of_nothing_is_refused():
+    with pytest.raises(ValueError, match="field 1, of 4 rows, gets no part of the budget"):
+        of_fields(separate=True, nbytes=200)  # 0.98 bytes for the field of four rows
+
+
 def test_frequencies_go_to_their_fields():
     counts = np.arange(sum(SIZES))
     embedding = of_fields(ratio=10, frequencies=counts)

@@ -30,7 +30,8 @@ def test_derived_seeds_are_hashes_of_their_numbers():
 
 
 @pytest.mark.parametrize(
-    "kind", [CompositionalEmbedding, QuotientRemainderEmbedding, BloomEmbedding, WeightedHashEmbedding]
+    "kind",
+    [HashEmbedding, CompositionalEmbedding, QuotientRemainderEmbedding, BloomEmbedding, WeightedHashEmbedding],
 )
 @pytest.mark.parametrize("budget", [{"ratio": 4}, {"nbytes": 3000}, {"num_floats": 700}, {"num_floats": 799}, {}])
 def test_a_budget_is_used_to_within_what_a_row_more_needs(kind, budget):
@@ -49,7 +50,7 @@ def test_a_budget_is_used_to_within_what_a_row_more_needs(kind, budget):
     assert limit - row <= used <= limit
 
 
-@pytest.mark.parametrize("kind", [CompositionalEmbedding, BloomEmbedding, WeightedHashEmbedding])
+@pytest.mark.parametrize("kind", [HashEmbedding, CompositionalEmbedding, BloomEmbedding, WeightedHashEmbedding])
 @pytest.mark.parametrize("size", [{"num_rows": N}, {"ratio": 0.9}])
 def test_enough_rows_are_the_full_table(kind, size):
     module = kind(N, D, random_state=0, **size)
@@ -57,6 +58,14 @@ def test_enough_rows_are_the_full_table(kind, size):
     assert len(torch.unique(module(IDS), dim=0)) == N
     module(IDS).sum().backward()
     assert all(torch.equal(p.grad, torch.ones_like(p)) for p in module.parameters())
+
+
+def test_the_hashing_trick():
+    module = HashEmbedding(N, D, num_rows=50, random_state=0)
+    assert torch.equal(module(IDS), module.weight[hash_ids(IDS, module.seed, 50)])
+    assert module.inference_nbytes() == 4 * 50 * D + 8
+    full = HashEmbedding(N, D, num_rows=N, random_state=0)
+    assert torch.equal(full(IDS), full.weight)
 
 
 def test_full_quotient_remainder_is_the_full_table():
@@ -184,7 +193,7 @@ def test_initial_rows_have_the_variance_of_the_full_table(name):
     assert float(module(torch.arange(100_000)).detach().var()) == pytest.approx(1 / (3 * 16), rel=0.15)
 
 
-@pytest.mark.parametrize("name", ["compositional", "bloom", "hash-embedding"])
+@pytest.mark.parametrize("name", ["hash", "compositional", "bloom", "hash-embedding"])
 def test_one_row_is_the_least(name):
     with pytest.raises(ValueError, match=f"{name} needs at least .* bytes here, the budget is 10"):
         methods()[name](N, D, nbytes=10)

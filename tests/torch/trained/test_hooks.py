@@ -61,8 +61,6 @@ def test_what_is_missing_is_named():
 
 
 def test_cce_clusters_in_a_loop_of_ones_own():
-    if "cce" not in vqrs.torch.methods():
-        pytest.skip("not there yet")
     embedding = vqrs.torch.methods()["cce"](300, 8, ratio=4, random_state=0)
     optimizer = torch.optim.AdamW(embedding.parameters())
     hooks = TrainingHooks(embedding, optimizer, epochs=10, steps_per_epoch=3)

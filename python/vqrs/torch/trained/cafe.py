@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 _SEED_BYTES = 8
 _SLOTS = 4
+_MOST_IDS = 2**31
 _BUCKET_BYTES = _SLOTS * (4 + 4 + 4)
 """A slot has a key, a score and a place."""
 _SHARES = ((2, 0.7), (10, 0.5), (100, 0.3), (1000, 0.2), (10_000, 0.1))
@@ -94,6 +95,8 @@ class CafeEmbedding(TrainedEmbedding):
     ) -> None:
         device = settings.pop("device", None)
         super().__init__(num_embeddings, embedding_dim, **settings)
+        if self.num_embeddings > _MOST_IDS:
+            raise ValueError(f"cafe keeps ids in 32 bits, for at most {_MOST_IDS} rows, got {self.num_embeddings}")
         for what, value, least in (("num_hashed", num_hashed, 1), ("num_hot", num_hot, 0)):
             if value is not None and value < least:
                 raise ValueError(f"{what} must be at least {least}, got {value}")
@@ -114,7 +117,7 @@ class CafeEmbedding(TrainedEmbedding):
         self.register_buffer("keys", torch.full((num_hot, _SLOTS), -1, dtype=torch.int32, device=device))
         self.register_buffer("scores", torch.zeros(num_hot, _SLOTS, device=device))
         self.register_buffer("places", torch.full((num_hot, _SLOTS), -1, dtype=torch.int32, device=device))
-        self._seen: tuple[Tensor, Tensor] | None = None
+        self._seen: list[tuple[Tensor, Tensor]] = []
 
     def _ratio(self) -> float:
         if self.budget is None:
@@ -178,16 +181,17 @@ class CafeEmbedding(TrainedEmbedding):
 
     def _see(self, ids: Tensor, gradient: Tensor) -> None:
         # Rows may not move in the middle of a backward pass: the sketch waits for the end of the step.
-        self._seen = ids, gradient.detach().norm(dim=1)
+        self._seen.append((ids, gradient.detach().norm(dim=1)))
 
     # -- the sketch -------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def on_step(self, training: Training) -> None:
         """Add the gradients of the step to the sketch; give rows to ids, and take them back."""
-        if self._seen is None:
+        seen, self._seen = self._seen, []
+        if not seen:
             return
-        (ids, norms), self._seen = self._seen, None
+        ids, norms = (torch.cat(tensors) for tensors in zip(*seen, strict=True))
         mean = norms.mean()
         if mean > 0:
             self.insert(ids, norms / mean)

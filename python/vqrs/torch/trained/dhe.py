@@ -94,8 +94,12 @@ class DeepHashEmbedding(TrainedEmbedding):
         if architecture is None:
             wide_enough = self.budget.allows(self._cost("deep", num_hashes, _NARROW))
             architecture = "deep" if wide_enough else "shallow"
-        most = math.isqrt(self.budget.limit) + 1
-        return architecture, self.budget.largest(lambda w: self._cost(architecture, num_hashes, w), 1, most, self.name)
+        # No network is larger than the table that it stands for, unless the paper's own is.
+        full = Size(self.num_embeddings * self.embedding_dim, self.full_nbytes)
+        sizes = (getattr(size, self.budget.unit) for size in (full, self._cost(architecture, num_hashes, _WIDTH)))
+        budget = self.budget._replace(limit=min(self.budget.limit, max(sizes)))
+        most = math.isqrt(budget.limit) + 1
+        return architecture, budget.largest(lambda w: self._cost(architecture, num_hashes, w), 1, most, self.name)
 
     def _cost(self, architecture: str, num_hashes: int | None, width: int) -> Size:
         hashes, hidden = self._hashes(architecture, num_hashes, width), _HIDDEN[architecture]

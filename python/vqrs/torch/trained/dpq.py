@@ -24,7 +24,7 @@ _DEAD = 0.01
 
 
 class _Seen(NamedTuple):
-    """What the last training batch looked up, for the moving averages of the codebooks."""
+    """What a training batch looked up, for the moving averages of the codebooks."""
 
     ids: Tensor
     counts: Tensor
@@ -109,7 +109,7 @@ class DPQEmbedding(TrainedEmbedding):
             self.register_buffer("running_mean", torch.zeros(parts, entries, device=device))
             self.register_buffer("running_var", torch.ones(parts, entries, device=device))
         self.register_buffer("codes", torch.zeros(self._code_nbytes(), dtype=torch.uint8, device=device))
-        self._seen: _Seen | None = None
+        self._seen: list[_Seen] = []
         self._encoded_at: tuple[int, ...] | None = None
 
     # -- size ---------------------------------------------------------------------------------------------------------
@@ -198,7 +198,7 @@ class DPQEmbedding(TrainedEmbedding):
     def _nearest_rows(self, ids: Tensor, counts: Tensor, queries: Tensor) -> Tensor:
         codes = self._nearest(ids, queries.detach())
         if torch.is_grad_enabled():
-            self._seen = _Seen(ids, counts, queries.detach(), codes)
+            self._seen.append(_Seen(ids, counts, queries.detach(), codes))
         # Exactly the entry, with the gradient of the query.
         return self._decode(codes).view_as(queries) + (queries - queries.detach())
 
@@ -275,7 +275,7 @@ class DPQEmbedding(TrainedEmbedding):
         tensors = [self.queries, self.codebooks]
         if self.mode == "sx":
             tensors = [self.queries, self.keys, self.running_mean, self.running_var]
-        return tuple(tensor._version for tensor in tensors)
+        return tuple(number for tensor in tensors for number in (tensor.data_ptr(), tensor._version))
 
     # -- learning -----------------------------------------------------------------------------------------------------
 
@@ -283,9 +283,10 @@ class DPQEmbedding(TrainedEmbedding):
     def on_step(self, training: Training) -> None:
         """Move the entries towards the queries that chose them, and those that none chooses to some query."""
         self._encoded_at = None
-        seen, self._seen = self._seen, None
-        if seen is None or not len(seen.ids):
+        batches, self._seen = self._seen, []
+        if not any(len(batch.ids) for batch in batches):
             return
+        seen = _Seen(*(torch.cat(tensors) for tensors in zip(*batches, strict=True)))
         parts, entries, width = self.codebooks.shape
         places = (seen.codes + torch.arange(parts, device=seen.codes.device) * entries).flatten()
         weights = seen.counts.to(self.counts.dtype)
@@ -310,6 +311,10 @@ class DPQEmbedding(TrainedEmbedding):
         return drawn.to(self.counts.device)
 
     # -- keeping ------------------------------------------------------------------------------------------------------
+
+    def __getstate__(self) -> dict[str, Any]:
+        """The state of a copy, whose parameters are others: its codes are found anew."""
+        return {**super().__getstate__(), "_encoded_at": None}
 
     def _save_to_state_dict(self, *args: Any) -> None:
         self._encode()

@@ -43,7 +43,7 @@ class FieldEmbeddings(nn.Module):
     Raises
     ------
     ValueError
-        As the method raises.
+        As the method raises, or a field's share of the budget is nothing.
 
     Examples
     --------
@@ -86,9 +86,8 @@ class FieldEmbeddings(nn.Module):
         counts = None if frequencies is None else np.split(np.asarray(frequencies), np.cumsum(self.field_sizes)[:-1])
         parts: list[TrainedEmbedding] = []
         columns: list[list[int]] = []
-        for fields, budget in self._groups(separate or method is FullEmbedding, separate):
+        for fields, budget, kept in self._groups(separate or method is FullEmbedding, separate):
             share = {} if budget is None else {"nbytes" if budget.unit == "nbytes" else "num_floats": budget.limit}
-            kept = budget == Budget(0)
             parts.append(
                 (FullEmbedding if kept else method)(
                     sum(self.field_sizes[f] for f in fields),
@@ -110,17 +109,13 @@ class FieldEmbeddings(nn.Module):
         self.restarts, self.searches = self._main[0].restarts, self._main[0].searches
         self.name = self._main[0].name
 
-    def _groups(self, whole: bool, separate: bool) -> list[tuple[list[int], Budget | None]]:
-        """Fields that share a module, and its budget; a budget of 0 bytes marks fields that are kept whole."""
+    def _groups(self, whole: bool, separate: bool) -> list[tuple[list[int], Budget | None, bool]]:
+        """Fields that share a module, its budget, and whether they are kept whole."""
         fields = range(len(self.field_sizes))
         if separate:
-            shares = [size / self.num_embeddings for size in self.field_sizes]
-            return [
-                ([f], None if self.budget is None else Budget(int(self.budget.limit * shares[f]), self.budget.unit))
-                for f in fields
-            ]
+            return [([f], self.budget and self._share(f, self.budget), False) for f in fields]
         if whole or self.budget is None:
-            return [(list(fields), self.budget)]
+            return [(list(fields), self.budget, False)]
         small: list[int] = []
         used = 0
         for f in sorted(fields, key=lambda f: self.field_sizes[f])[:-1]:
@@ -131,8 +126,18 @@ class FieldEmbeddings(nn.Module):
             small.append(f)
             used += cost
         rest = [f for f in fields if f not in small]
-        main = (rest, Budget(self.budget.limit - used, self.budget.unit))
-        return [(sorted(small), Budget(0)), main] if small else [main]
+        main = (rest, self.budget._replace(limit=self.budget.limit - used), False)
+        return [(sorted(small), None, True), main] if small else [main]
+
+    def _share(self, field: int, budget: Budget) -> Budget:
+        """The part of a budget that a field gets by its rows."""
+        rows = self.field_sizes[field]
+        limit = int(budget.limit * (rows / self.num_embeddings))
+        if limit < 1:
+            raise ValueError(
+                f"field {field}, of {rows} rows, gets no part of the budget: give more, or share one table"
+            )
+        return budget._replace(limit=limit)
 
     def _shift(self, fields: list[int]) -> Tensor:
         """What to take from the global ids of fields to get those of their module."""

@@ -29,7 +29,7 @@ class HashEmbedding(TrainedEmbedding):
     Raises
     ------
     ValueError
-        The budget is less than a row.
+        The budget is less than a row, or ``num_rows`` is below 1.
 
     Examples
     --------
@@ -49,6 +49,8 @@ class HashEmbedding(TrainedEmbedding):
         super().__init__(num_embeddings, embedding_dim, **settings)
         if num_rows is None:
             num_rows = -(-self.num_embeddings // 10) if self.budget is None else self._affordable_rows()
+        if num_rows < 1:
+            raise ValueError(f"num_rows must be at least 1, got {num_rows}")
         self.weight = nn.Parameter(self.uniform(min(num_rows, self.num_embeddings), self.embedding_dim).to(device))
         self.register_buffer("seed", self.seeds().to(device))
 
