@@ -43,7 +43,7 @@ def test_all_embeddings_are_told():
     hooks = TrainingHooks(model, optimizer, epochs=2, steps_per_epoch=2, validation_loss=lambda: torch.zeros(()))
     for _ in range(2):
         for _ in range(2):
-            assert float(hooks.penalty()) == 4.0
+            assert float(hooks.penalty().detach()) == 4.0
             hooks.after_step()
         hooks.after_epoch()
     expected = [("step", 1, 1), ("step", 2, 1), ("epoch", 1, 2, 2), ("step", 3, 2), ("step", 4, 2), ("epoch", 2, 2, 2)]
