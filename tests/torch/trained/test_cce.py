@@ -1,6 +1,5 @@
 """CCE: the clustering step by itself, its schedule, its packed pointers, and what keeps it healthy."""
 
-import math
 import warnings
 from types import SimpleNamespace
 
@@ -9,10 +8,10 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from vqrs.torch.forms import unpack_bits
 from vqrs.torch.trained import cce
-from vqrs.torch.trained.cce import CCEEmbedding, HotIds, pack_bits
+from vqrs.torch.trained.cce import CCEEmbedding
 from vqrs.torch.trained.hashing import derived_seeds, hash_ids
+from vqrs.torch.trained.packing import pack_rows
 
 N, D = 1000, 16
 IDS = torch.arange(N)
@@ -99,14 +98,6 @@ def test_pointers_are_packed():
     assert module.inference_nbytes() == 4 * 2 * 20 * D + 16 + 5 * N
 
 
-@pytest.mark.parametrize("bits", [1, 3, 8, 13, 20])
-def test_packing_and_unpacking(bits):
-    fields = torch.randint(2**bits, (50, 7), generator=torch.Generator().manual_seed(0))
-    packed = pack_bits(fields, bits)
-    assert packed.shape == (50, math.ceil(7 * bits / 8))
-    assert torch.equal(unpack_bits(packed, bits, 7), fields)
-
-
 def test_a_new_hash_after_clustering():
     module = make()
     first, second = (module._hashes(IDS, table) for table in (0, 1))
@@ -145,20 +136,6 @@ def test_the_schedule(epochs, settings, expected, monkeypatch):
     for training.step in range(1, 10 * epochs + 1):
         module.on_step(training)
     assert steps == expected
-
-
-@pytest.mark.parametrize("listed", [True, False])
-def test_the_places_of_hot_ids(listed):
-    generator = torch.Generator().manual_seed(0)
-    n = 100_000 if listed else 3000
-    ids = torch.randperm(n, generator=generator)[:1000].sort()[0]
-    hot = HotIds(ids, n)
-    assert hot.listed == listed
-    found, places = hot.find(torch.arange(n))
-    assert torch.equal(found.nonzero()[:, 0], ids)
-    assert torch.equal(places[ids], torch.arange(1000))
-    assert not places[~found].any()
-    assert sum(b.numel() * b.element_size() for b in hot.buffers()) == HotIds.nbytes(1000, n)
 
 
 @pytest.mark.parametrize("hot_ids", [20, 100, 700])
@@ -269,7 +246,7 @@ def test_health_and_the_warning_of_collapse():
         module.cluster()
     pointers = module.pointers_of(IDS).clone()
     pointers[:, 2] = pointers[:, 1]
-    module.pointers = pack_bits(pointers, 4)
+    module.pointers = pack_rows(pointers, 4)
     assert module.health()["pair_entropy"] == pytest.approx(module._entropies()[0][1])
     assert "columns 1 and 2 say the same" in module._collapse()
     module.weight[:] = 0

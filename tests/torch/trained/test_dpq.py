@@ -11,7 +11,6 @@ from torch.nn import functional as F
 
 from vqrs.torch.trained.dpq import DPQEmbedding, DPQSXEmbedding
 from vqrs.torch.trained.mgqe import MGQEEmbedding
-from vqrs.torch.trained.packing import pack, packed_nbytes, unpack
 
 N, DIM = 300, 16
 CLASSES = [DPQEmbedding, DPQSXEmbedding, MGQEEmbedding]
@@ -39,21 +38,6 @@ def train(module, steps=200, seed=0, target=None, batch=64, ids_of=None):
         module.on_step(SimpleNamespace(step=step + 1, optimizer=optimizer))
         losses.append(loss.item())
     return losses
-
-
-@pytest.mark.parametrize("bits", [0, 1, 3, 5, 8, 11, 17, 32])
-@pytest.mark.parametrize("count", [0, 1, 7, 1000])
-def test_packed_integers_come_back(bits, count):
-    values = torch.from_numpy(np.random.default_rng(bits).integers(0, 1 << bits, count))
-    packed = pack(values, bits)
-    assert len(packed) == packed_nbytes(count, bits)
-    places = torch.randperm(count)
-    assert torch.equal(unpack(packed, bits, places), values[places])
-
-
-def test_blocks_of_packing_join():
-    values = torch.arange((1 << 18) + 11) % 29
-    assert torch.equal(unpack(pack(values, 5), 5, torch.arange(len(values))), values)
 
 
 @pytest.mark.parametrize("kind", CLASSES)

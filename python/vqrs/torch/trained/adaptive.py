@@ -12,6 +12,7 @@ import vqrs
 from vqrs.torch.trained.base import FLOAT_BYTES, Size, TrainedEmbedding
 from vqrs.torch.trained.export import Term, as_table, hashed, hashed_part, rows_part, switch_part
 from vqrs.torch.trained.hashing import hash_ids
+from vqrs.torch.trained.hot_ids import most_frequent, ones
 
 _SEED_BYTES = 8
 _WORD = 64
@@ -108,7 +109,7 @@ class AdaptiveEmbedding(TrainedEmbedding):
             raise ValueError(
                 "adaptive needs frequencies: how often each id is looked up in the training part of the data"
             )
-        return np.sort(np.argsort(-self._frequencies, kind="stable")[: self.num_hot])
+        return most_frequent(self._frequencies, self.num_embeddings, self.num_hot).numpy()
 
     def _as_map(self, hot: np.ndarray) -> dict[str, Tensor]:
         sizes = self._map_sizes(len(hot))
@@ -144,7 +145,7 @@ class AdaptiveEmbedding(TrainedEmbedding):
         at, bit = ids >> 6, ids & 63
         word = self.hot_bits[at]
         below = word & ((torch.ones_like(bit) << bit) - 1)
-        return (word >> bit & 1).bool(), self.hot_bases[at // _BLOCK] + self.hot_ranks[at] + _ones(below)
+        return (word >> bit & 1).bool(), self.hot_bases[at // _BLOCK] + self.hot_ranks[at] + ones(below)
 
     def rows(self, ids: Tensor) -> Tensor:
         """Own rows of hot ids, shared ones of others."""
@@ -167,10 +168,3 @@ class AdaptiveEmbedding(TrainedEmbedding):
             return as_table(self, others)
         hot = self.hot_ids().cpu().numpy(), rows_part(self.weight[: self.num_hot])
         return as_table(self, switch_part(self.num_embeddings, [hot], others))
-
-
-def _ones(x: Tensor) -> Tensor:
-    """Bits that are set in integers that are not negative."""
-    x = x - (x >> 1 & 0x5555555555555555)
-    x = (x & 0x3333333333333333) + (x >> 2 & 0x3333333333333333)
-    return ((x + (x >> 4) & 0x0F0F0F0F0F0F0F0F) * 0x0101010101010101) >> 56

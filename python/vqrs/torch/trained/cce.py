@@ -28,131 +28,18 @@ from vqrs.torch.trained.export import (
     switch_part,
 )
 from vqrs.torch.trained.hashing import derived_seeds, hash_ids
+from vqrs.torch.trained.hot_ids import HotIds, most_frequent
+from vqrs.torch.trained.packing import pack_rows
 
 if TYPE_CHECKING:
     import vqrs
 
 _SEED_BYTES = 8
-_ID_BYTES = 4
 _BLOCK = 1 << 16
 """Ids that are clustered at a time, so that memory does not grow with the table."""
 _UNSEEN = 0.01
 _SEEDED_WORK = 1 << 22
 _ONE_THREAD_WORK = 1 << 26
-_WORD = 64
-
-
-def pack_bits(fields: Tensor, bits: int) -> Tensor:
-    """What :func:`vqrs.torch.forms.unpack_bits` reads: integers of a fixed width, rows padded to whole bytes.
-
-    Parameters
-    ----------
-    fields : int64 tensor of shape (n_rows, n_fields)
-        From 0 to ``2**bits - 1``.
-    bits : int
-
-    Returns
-    -------
-    uint8 tensor of shape (n_rows, ceil(n_fields * bits / 8))
-
-    Examples
-    --------
-    >>> pack_bits(torch.tensor([[1, 2, 3]]), bits=4)
-    tensor([[33,  3]], dtype=torch.uint8)
-    """
-    single = ((fields[:, :, None] >> torch.arange(bits, device=fields.device)) & 1).reshape(len(fields), -1)
-    single = torch.nn.functional.pad(single.to(torch.uint8), (0, -single.shape[1] % 8))
-    places = 1 << torch.arange(8, device=fields.device, dtype=torch.uint8)
-    return (single.reshape(len(fields), -1, 8) * places).sum(2, dtype=torch.uint8)
-
-
-class HotIds(nn.Module):
-    """A set of ids that knows the place of each: a sorted list or a bitmap with counts, whichever is smaller.
-
-    Parameters
-    ----------
-    ids : int64 tensor of shape (n,)
-        Rising.
-    num_embeddings : int
-        Ids are below it.
-
-    Examples
-    --------
-    >>> HotIds(torch.tensor([2, 5, 70]), 100).find(torch.tensor([70, 3, 5]))
-    (tensor([ True, False,  True]), tensor([2, 0, 1]))
-    """
-
-    def __init__(self, ids: Tensor, num_embeddings: int) -> None:
-        super().__init__()
-        self.num_embeddings = num_embeddings
-        self.listed = self._list_nbytes(len(ids)) <= self._bitmap_nbytes(num_embeddings)
-        if self.listed:
-            self.register_buffer("ids", ids.to(torch.int32))
-            return
-        words = torch.zeros(-(-num_embeddings // _WORD), dtype=torch.int64)
-        words.index_add_(0, ids // _WORD, torch.ones_like(ids) << (ids % _WORD))  # each bit once: adding sets it
-        self.register_buffer("words", words)
-        counts = torch.bincount(ids // _WORD, minlength=len(words))
-        self.register_buffer("counts", (counts.cumsum(0) - counts).to(torch.int32))
-
-    @staticmethod
-    def _list_nbytes(n: int) -> int:
-        return _ID_BYTES * n
-
-    @staticmethod
-    def _bitmap_nbytes(num_embeddings: int) -> int:
-        return (8 + 4) * -(-num_embeddings // _WORD)
-
-    @classmethod
-    def nbytes(cls, n: int, num_embeddings: int) -> int:
-        """Bytes of a set of ``n`` of the ids."""
-        return min(cls._list_nbytes(n), cls._bitmap_nbytes(num_embeddings))
-
-    def find(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Which ids are in the set, and their places in it (0 for the others)."""
-        if self.listed:
-            places = torch.searchsorted(self.ids, ids.to(torch.int32)).clamp(max=len(self.ids) - 1)
-            found = self.ids[places] == ids
-        else:
-            words, bits = self.words[ids // _WORD], ids % _WORD
-            found = (words >> bits) & 1 == 1
-            places = self.counts[ids // _WORD].long() + _ones(words & ((1 << bits) - 1))
-        return found, places.where(found, 0)
-
-
-def _ones(words: Tensor) -> Tensor:
-    """Bits that are set in each int64."""
-    words = words - ((words >> 1) & 0x5555555555555555)
-    words = (words & 0x3333333333333333) + ((words >> 2) & 0x3333333333333333)
-    words = (words + (words >> 4)) & 0x0F0F0F0F0F0F0F0F
-    return ((words * 0x0101010101010101) >> 56) & 0x7F
-
-
-def most_frequent(frequencies: NDArray[np.float64] | None, num_embeddings: int, count: int) -> Tensor:
-    """The ids with the highest frequencies, the lower ones where some are equal; at even distances without any.
-
-    Parameters
-    ----------
-    frequencies : float64 array of shape (num_embeddings,), or None
-    num_embeddings : int
-    count : int
-
-    Returns
-    -------
-    int64 tensor of shape (count,), rising
-
-    Examples
-    --------
-    >>> most_frequent(np.array([1.0, 5.0, 2.0, 2.0]), 4, 2)
-    tensor([1, 2])
-    """
-    if frequencies is None or count == 0:
-        return torch.arange(count) * num_embeddings // max(count, 1)
-    # No sort: of a hundred million ids it would take gigabytes.
-    least = np.partition(frequencies, num_embeddings - count)[num_embeddings - count]
-    above = np.flatnonzero(frequencies > least)
-    equal = np.flatnonzero(frequencies == least)[: count - len(above)]
-    return torch.from_numpy(np.sort(np.concatenate([above, equal])))
 
 
 class CCEEmbedding(TrainedEmbedding):
@@ -512,18 +399,13 @@ class CCEEmbedding(TrainedEmbedding):
 
     @property
     def _num_learned(self) -> int:
-        if self.hot is None:
-            return self.num_embeddings
-        return len(self.hot.ids) if self.hot.listed else int(_ones(self.hot.words).sum())
+        return self.num_embeddings if self.hot is None else self.hot.count
 
     def _learned_ids(self) -> Tensor:
         """Ids that get learned pointers, in the order of their places."""
         if self.hot is None:
             return torch.arange(self.num_embeddings, device=self.weight.device)
-        if self.hot.listed:
-            return self.hot.ids.long()
-        bits = (self.hot.words[:, None] >> torch.arange(_WORD, device=self.weight.device)) & 1
-        return bits.reshape(-1).nonzero()[:, 0]
+        return self.hot.all()
 
     def _centers(self) -> NDArray[np.float32]:
         """k-means of each column: the new ``weight[0]``."""
@@ -583,7 +465,7 @@ class CCEEmbedding(TrainedEmbedding):
         labels = np.stack(
             [_core.kmeans_predict(column, of, "euclidean", self._jobs(len(ids)))[0] for column, of in pairs], axis=1
         )
-        return pack_bits(torch.from_numpy(labels).long(), self._bits_of_pointers)
+        return pack_rows(torch.from_numpy(labels).long(), self._bits_of_pointers)
 
     def health(self) -> dict[str, float]:
         """Whether pointers tell ids apart.

@@ -10,8 +10,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vqrs import _core
-from vqrs.torch.trained.cce import CCEEmbedding, pack_bits
+from vqrs.torch.trained.cce import CCEEmbedding
 from vqrs.torch.trained.export import Scalar, Term, digit
+from vqrs.torch.trained.packing import pack_rows
 
 
 class CCERobeEmbedding(CCEEmbedding):
@@ -158,4 +159,4 @@ class CCERobeEmbedding(CCEEmbedding):
 
     def _nearest(self, ids: Tensor, centers: NDArray[np.float32]) -> Tensor:
         labels = self._labels(self._columns(ids).reshape(-1, self._piece), centers.reshape(-1))
-        return pack_bits(torch.from_numpy(labels).long().reshape(self.num_columns, -1).T, self._bits_of_pointers)
+        return pack_rows(torch.from_numpy(labels).long().reshape(self.num_columns, -1).T, self._bits_of_pointers)

@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from vqrs.torch.trained.base import FLOAT_BYTES, Size, TrainedEmbedding, Training
-from vqrs.torch.trained.cce import HotIds, most_frequent, pack_bits
 from vqrs.torch.trained.export import (
     Part,
     Term,
@@ -25,6 +24,8 @@ from vqrs.torch.trained.export import (
     switch_part,
 )
 from vqrs.torch.trained.hashing import hash_ids
+from vqrs.torch.trained.hot_ids import HotIds, most_frequent
+from vqrs.torch.trained.packing import pack_rows
 
 if TYPE_CHECKING:
     import vqrs
@@ -262,7 +263,7 @@ class LowRankIntEmbedding(TrainedEmbedding):
         yield from self.buffers()
 
     def _packed(self) -> Tensor:
-        return pack_bits(self._numbers(self.weight).long(), self.bits)
+        return pack_rows(self._numbers(self.weight).long(), self.bits)
 
     def to_table(self) -> vqrs.Table:
         """A table of packed numbers and a matrix that has the levels in it; shared rows hold a byte a value there."""

@@ -12,6 +12,7 @@ from torch import Tensor
 from vqrs.torch.trained import export
 from vqrs.torch.trained.base import FLOAT_BYTES, Size
 from vqrs.torch.trained.dpq import _MAX_BITS, DPQEmbedding, _nearest_entries, _Seen
+from vqrs.torch.trained.hot_ids import most_frequent, ones
 from vqrs.torch.trained.packing import pack, packed_nbytes, unpack
 
 if TYPE_CHECKING:
@@ -130,11 +131,10 @@ class MGQEEmbedding(DPQEmbedding):
 
     def _frequent(self) -> np.ndarray:
         """The frequent ids."""
-        if self._frequencies is not None:
-            order = -self._frequencies
-        else:  # places within fields, as shares of them
-            order = np.concatenate([np.arange(size) / size for size in self.field_sizes])
-        return np.argsort(order, kind="stable")[: self._n_head]
+        frequencies = self._frequencies
+        if frequencies is None:  # places within fields, as shares of them
+            frequencies = -np.concatenate([np.arange(size) / size for size in self.field_sizes])
+        return most_frequent(frequencies, self.num_embeddings, self._n_head).numpy()
 
     def inference_tensors(self) -> Iterable[Tensor]:
         """Packed codes, which ids are frequent, and codebooks."""
@@ -186,8 +186,8 @@ class MGQEEmbedding(DPQEmbedding):
         byte = ids >> 3
         block_bytes = _BLOCK // 8
         places = (byte // block_bytes * block_bytes)[:, None] + torch.arange(block_bytes, device=ids.device)
-        in_bytes = _count_bits(self.bitmap[places.clamp(max=len(self.bitmap) - 1)]) * (places < byte[:, None])
-        in_byte = _count_bits(self.bitmap[byte] & ((1 << (ids & 7)) - 1).to(torch.uint8))
+        in_bytes = ones(self.bitmap[places.clamp(max=len(self.bitmap) - 1)].long()) * (places < byte[:, None])
+        in_byte = ones(self.bitmap[byte] & ((1 << (ids & 7)) - 1))
         return self.before[ids // _BLOCK] + in_bytes.sum(1) + in_byte
 
     def _store(self, codes: Tensor) -> None:
@@ -204,10 +204,3 @@ class MGQEEmbedding(DPQEmbedding):
             low = 1 << (self.n_bits - self._more_bits(self.n_bits))
             drawn[:, low:] = frequent[drawn[:, low:] % len(frequent)]
         return drawn
-
-
-def _count_bits(x: Tensor) -> Tensor:
-    """How many bits are set, of uint8."""
-    x = x - ((x >> 1) & 0x55)
-    x = (x & 0x33) + ((x >> 2) & 0x33)
-    return (x + (x >> 4)) & 0x0F

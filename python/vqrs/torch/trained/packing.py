@@ -1,10 +1,11 @@
-"""Integers of a few bits behind one another: how pointers and maps are held, with no gap between rows."""
+"""Integers of a few bits behind one another: how pointers and maps are held."""
 
 from __future__ import annotations
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 
 def packed_nbytes(count: int, bits: int) -> int:
@@ -13,7 +14,7 @@ def packed_nbytes(count: int, bits: int) -> int:
 
 
 def pack(values: Tensor, bits: int) -> Tensor:
-    """Integers behind one another, least significant bit first.
+    """Integers behind one another with no gap, least significant bit first.
 
     Parameters
     ----------
@@ -68,3 +69,29 @@ def unpack(packed: Tensor, bits: int, places: Tensor) -> Tensor:
     for more in range(1, 1 if 8 % bits == 0 else (bits + 14) // 8):
         window |= packed[(byte + more).clamp(max=len(packed) - 1)].long() << (8 * more)
     return (window >> shift) & ((1 << bits) - 1)
+
+
+def pack_rows(fields: Tensor, bits: int) -> Tensor:
+    """Integers of a row behind one another, least significant bit first, each row padded to whole bytes.
+
+    :func:`vqrs.torch.forms.unpack_bits` reads them; :func:`vqrs.reference.pack_bits` is the same in NumPy.
+
+    Parameters
+    ----------
+    fields : int64 tensor of shape (n_rows, n_fields)
+        From 0 to ``2**bits - 1``.
+    bits : int
+
+    Returns
+    -------
+    uint8 tensor of shape (n_rows, ceil(n_fields * bits / 8))
+
+    Examples
+    --------
+    >>> pack_rows(torch.tensor([[1, 2, 3]]), bits=4)
+    tensor([[33,  3]], dtype=torch.uint8)
+    """
+    single = ((fields[:, :, None] >> torch.arange(bits, device=fields.device)) & 1).reshape(len(fields), -1)
+    single = functional.pad(single.to(torch.uint8), (0, -single.shape[1] % 8))
+    places = 1 << torch.arange(8, device=fields.device, dtype=torch.uint8)
+    return (single.reshape(len(fields), -1, 8) * places).sum(2, dtype=torch.uint8)
