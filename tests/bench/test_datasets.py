@@ -159,6 +159,16 @@ def test_flights(tmp_path):
     np.testing.assert_array_equal(rare.frequencies(), [1, 2, 1, 2])
 
 
+def test_cut_arrays_are_told(tmp_path):
+    path, _ = feedback_file(tmp_path)
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(ValueError, match=r"feedback.npz is no whole file of numpy arrays"):
+        open_dataset(path)
+    path.write_bytes(b"hello")
+    with pytest.raises(ValueError, match=r"feedback.npz is no whole file of numpy arrays"):
+        open_dataset(path)
+
+
 def test_unknown_format(tmp_path):
     (tmp_path / "a.txt").write_text("hello\n")
     with pytest.raises(ValueError, match=r"format not recognised; the known formats are .*gowalla"):

@@ -1,6 +1,7 @@
 """Folders of mapped arrays: whole or not there, and the same rows as before."""
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -93,6 +94,13 @@ def test_a_broken_run_leaves_nothing_that_is_read(dataset, tmp_path):
         (lambda folder: np.save(folder / "test.labels.npy", np.zeros(3, np.uint8)), r"holds uint8 of shape \(3,\)"),
         (lambda folder: (folder / "train.ids.npy").write_bytes(b""), "train.ids.npy cannot be read"),
         (lambda folder: (folder / "dataset.json").write_text('{"version": 9}'), "of version 9, this package reads 1"),
+        (lambda folder: (folder / "dataset.json").write_text("[]"), "of version None, this package reads 1"),
+        (lambda folder: (folder / "dataset.json").write_text('{"version'), "dataset.json cannot be read"),
+        (lambda folder: (folder / "dataset.json").write_text('{"version": 1}'), "not whole .*: prepare the folder"),
+        (lambda folder: (folder / "frequencies.npy").unlink(), "frequencies.npy cannot be read"),
+        (lambda folder: (folder / "frequencies.npy").write_bytes(b"xx"), "frequencies.npy cannot be read"),
+        (lambda folder: np.save(folder / "frequencies.npy", np.zeros(3, int)), r"holds int64 of shape \(3,\)"),
+        (lambda folder: os.truncate(folder / "train.ids.npy", 5000), "train.ids.npy cannot be read"),
     ],
 )
 def test_harmed_folders_are_refused(dataset, tmp_path, harm, message):

@@ -48,7 +48,9 @@ def ctr(
     ],
     method: Annotated[
         list[str] | None,
-        typer.Option(metavar="NAME[:SETTING=VALUE,...]", help="Repeatable; all by default.", show_default=False),
+        typer.Option(
+            metavar="NAME[:SETTING=VALUE,...]", help="Repeatable; all by default, also: all.", show_default=False
+        ),
     ] = None,
     ratio: Annotated[
         list[float] | None,
@@ -94,7 +96,7 @@ def ctr(
     from vqrs.bench import report
     from vqrs.bench.ctr import Plan, run
 
-    methods = list(vqrs.torch.methods()) if not method or "all" in method else method
+    methods = [name for asked in method or ["all"] for name in (vqrs.torch.methods() if asked == "all" else [asked])]
     given = {"epochs": epochs, "batch_size": batch_size, "patience": patience, "weight_decay": weight_decay}
     plan = Plan(
         dataset,

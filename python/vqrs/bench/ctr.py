@@ -7,20 +7,25 @@ The learning rate of a method at a budget is chosen with the first seed, on the 
 from __future__ import annotations
 
 import ast
+import inspect
 import json
+import math
 import multiprocessing
 import os
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 import vqrs
+from vqrs.bench import report
 from vqrs.bench.datasets import Dataset, open_dataset
 from vqrs.bench.training import Settings, score, train
 
@@ -49,6 +54,8 @@ class Budget:
 
     def settings(self, field_sizes: Sequence[int], dim: int) -> dict[str, Any]:
         """The arguments of an embedding."""
+        if not (math.isfinite(self.value) and self.value > 0):
+            raise ValueError(f"a budget must be positive, got {self.unit}={self.value:g}")
         if self.unit == "ratio":
             return {"ratio": self.value}
         if self.unit == "ppd":
@@ -58,11 +65,11 @@ class Budget:
         raise ValueError(f"a budget is a ratio, nbytes, num_floats or ppd, not {self.unit!r}")
 
     def nbytes(self, field_sizes: Sequence[int], dim: int) -> int:
-        """The same in bytes; a trained float counts four."""
+        """The same in bytes, at least one; a trained float counts four."""
         settings = self.settings(field_sizes, dim)
         if "ratio" in settings:
-            return int(4 * sum(field_sizes) * dim / self.value)
-        return int(settings.get("nbytes", 4 * settings.get("num_floats", 0)))
+            return max(1, int(4 * sum(field_sizes) * dim / self.value))
+        return max(1, int(settings.get("nbytes", 4 * settings.get("num_floats", 0))))
 
 
 @dataclass(frozen=True)
@@ -90,7 +97,8 @@ class Plan:
     settings : Settings, optional
         How a model is trained.
     compress : sequence of str
-        Kinds of ``vqrs.compress`` that compress the trained full table at each budget; ``"auto"`` chooses one.
+        Kinds of ``vqrs.compress`` that compress the trained full table at each budget; ``"auto"`` chooses one. The
+        full table is then trained even where it is not among the methods.
     """
 
     dataset: str
@@ -108,8 +116,10 @@ class Plan:
     def cells(self) -> list[Cell]:
         """What workers do one at a time: all seeds of a method at a budget."""
         found = []
+        names = {parse_method(method)[0] for method in self.methods}
+        methods = ["full", *self.methods] if self.compress and "full" not in names else self.methods
         for model in self.models:
-            for method in self.methods:
+            for method in methods:
                 if parse_method(method)[0] == "full":
                     found.append(Cell(model, method, None))
                 else:
@@ -153,17 +163,8 @@ def parse_method(text: str) -> tuple[str, dict[str, Any]]:
 
 
 def read_runs(path: str | Path) -> list[dict[str, Any]]:
-    """Lines of a file of runs; of runs with equal keys the last one. A line that was cut off is left out."""
-    found = {}
-    path = Path(path)
-    if path.exists():
-        for text in path.read_text().splitlines():
-            try:
-                line = json.loads(text)
-            except json.JSONDecodeError:
-                continue
-            found[line["key"]] = line
-    return list(found.values())
+    """Lines of a file of runs; of runs with equal keys the last one. What is damaged or has no key is left out."""
+    return [line for line in report.read_runs(path)[0] if "key" in line] if Path(path).exists() else []
 
 
 def run(
@@ -192,8 +193,12 @@ def run(
 
     Raises
     ------
+    FileNotFoundError
+        There is no such data set.
     ValueError
-        An unknown method, model or data set.
+        A method, model, setting, budget or learning rate that there is not, or a data set that cannot be scored.
+    ChildProcessError
+        A process was killed; what it had written stays.
     """
     _check(plan)
     out = Path(out)
@@ -218,40 +223,72 @@ def _results(plan: Plan, cells: list[Cell], out: Path, n_jobs: int) -> Iterator[
     context = multiprocessing.get_context("spawn")
     before = set(multiprocessing.active_children())
     with ProcessPoolExecutor(n_jobs, mp_context=context, initializer=_start_worker, initargs=(plan, out)) as pool:
-        pending = {pool.submit(_run_in_worker, cell) for cell in cells}
         try:
+            pending = {pool.submit(_run_in_worker, cell) for cell in cells}
             while pending:
                 ready, pending = wait(pending, return_when=FIRST_COMPLETED)
                 for future in ready:
                     yield future.result()
-        except BaseException:
+        except BaseException as error:
             # Workers would go on with the cells that they have been given: minutes. What is written is whole.
             pool.shutdown(wait=False, cancel_futures=True)
             for process in set(multiprocessing.active_children()) - before:
                 process.terminate()
+            if isinstance(error, BrokenProcessPool):
+                raise ChildProcessError(
+                    f"one of {n_jobs} processes was killed, as happens where memory runs out; what {out} holds stays: "
+                    "run the same again, with fewer processes"
+                ) from error
             raise
 
 
 def _check(plan: Plan) -> None:
     import vqrs.torch
-    from vqrs.bench.models import models
+    from vqrs.bench.models import Model, models
+    from vqrs.torch.trained.base import TrainedEmbedding
 
-    for what, asked, known in (
-        ("method", [parse_method(method)[0] for method in plan.methods], vqrs.torch.methods()),
-        ("model", [parse_method(model)[0] for model in plan.models], models()),
-        ("kind to compress with", plan.compress, ["auto", *(kind["name"] for kind in vqrs.kinds())]),
-    ):
-        for name in asked:
-            if name not in known:
-                raise ValueError(f"unknown {what} {name!r}: there are {', '.join(known)}")
+    check_names("method", plan.methods, vqrs.torch.methods(), TrainedEmbedding)
+    check_names("model", plan.models, models(), Model)
+    kinds = ["auto", *(kind["name"] for kind in vqrs.kinds())]
+    for kind in plan.compress:
+        if kind not in kinds:
+            raise ValueError(f"unknown kind to compress with {kind!r}: there are {', '.join(kinds)}")
     for budget in plan.budgets:
         budget.settings([1], 1)
+    for rate in plan.learning_rates:
+        if not (math.isfinite(rate) and rate > 0):
+            raise ValueError(f"a learning rate must be positive, got {rate:g}")
+
+
+def check_names(what: str, asked: Sequence[str], known: dict[str, Any], base: type) -> None:
+    """Refuse names that there are not, and settings that are not the class's own but unknown or the runner's.
+
+    Raises
+    ------
+    ValueError
+        With what there is.
+    """
+    for text in asked:
+        name, settings = parse_method(text)
+        if name not in known:
+            raise ValueError(f"unknown {what} {name!r}: there are {', '.join(known)}")
+        kind = known[name]
+        inits = [part.__init__ for part in kind.__mro__[: kind.__mro__.index(base)] if "__init__" in vars(part)]
+        found = {p.name: p.kind for init in inits for p in inspect.signature(init).parameters.values()}
+        given = inspect.signature(base).parameters.keys() | {"self"}
+        named = inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY
+        own = [key for key in found if key not in given and found[key] in named]
+        for key in settings:
+            if key not in own:
+                raise ValueError(f"{what} {name} has no setting {key!r}: it has {', '.join(own) or 'none'}")
 
 
 def _end_last_line(path: Path) -> None:
     """A process that was killed may have left half a line: what follows must start on a new one."""
-    if path.exists() and path.stat().st_size:
-        with open(path, "rb+") as file:
+    # Opened for appending: what another process writes meanwhile is not written over, and a place that cannot be
+    # written to is told of before anything is trained.
+    with open(path, "ab+") as file:
+        if file.seek(0, os.SEEK_END):
             file.seek(-1, os.SEEK_END)
             if file.read(1) != b"\n":
                 file.write(b"\n")
@@ -287,9 +324,28 @@ class _Worker:
     def dataset(self) -> Dataset:
         """Opened when the first run that is not done needs it."""
         if self._dataset is None:
-            self._dataset = open_dataset(self.plan.dataset, **self.plan.dataset_options)
-            self._frequencies = self._dataset.frequencies()
+            dataset = open_dataset(self.plan.dataset, **self.plan.dataset_options)
+            self._check(dataset)
+            self._frequencies = dataset.frequencies()
+            self._dataset = dataset
         return self._dataset
+
+    def _check(self, dataset: Dataset) -> None:
+        """What would be wrong of every run is an error, and no dash in the tables."""
+        import torch
+
+        from vqrs.bench.models import models
+
+        for split in ("validation", "test"):
+            if len(np.unique(dataset.rows(split).labels)) < 2:
+                raise ValueError(
+                    f"{dataset.name}: the {split} part has {dataset.n_rows(split)} rows of one label or none: "
+                    "an AUC needs rows of both"
+                )
+        for text in self.plan.models:
+            name, widths = parse_method(text)
+            dim = self.plan.embedding_dim
+            models()[name](torch.nn.Identity(), dataset.field_sizes, dim, dataset.n_numeric, random_state=0, **widths)
 
     def run_cell(self, cell: Cell) -> list[dict[str, Any]]:
         """All seeds of a cell; the learning rate is chosen with the first one, on the validation part."""
@@ -327,11 +383,8 @@ class _Worker:
 
     def _write(self, line: dict[str, Any]) -> dict[str, Any]:
         """Append a line in one write, so that lines of several processes do not mix."""
-        file = os.open(self.out, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-        try:
-            os.write(file, (json.dumps(line) + "\n").encode())
-        finally:
-            os.close(file)
+        with open(self.out, "ab", buffering=1 << 20) as file:
+            file.write((json.dumps(line) + "\n").encode())
         self.done[line["key"]] = line
         return line
 
@@ -366,9 +419,10 @@ class _Worker:
             model = self._model(cell, name, variant, seed)
             outcome = train(model, dataset, Settings(**plan.settings, learning_rate=rate), random_state=seed)
         except (ValueError, FloatingPointError) as error:
-            # Out of reach of the method: a dash in the tables, with what it says.
+            # Out of reach of the method, or diverged: a dash in the tables, with what it says.
             unknown = ["auc", "log_loss", "validation_auc", "trained_floats", "inference_nbytes", "exported_nbytes"]
-            least = self._least_training_nbytes(cell, name, variant)
+            reached = isinstance(error, FloatingPointError)
+            least = None if reached else self._least_training_nbytes(cell, name, variant)
             return line | dict.fromkeys(unknown) | {"error": str(error), "training_nbytes": least}, None
         return line | self._measured(model, outcome), model
 
@@ -441,15 +495,7 @@ class _Worker:
         }
         dense = np.concatenate([part.to_dense() for part in model.embedding.parts])
         try:
-            table = vqrs.compress(
-                dense,
-                nbytes=limit + FILE_NBYTES,
-                method=None if kind == "auto" else kind,
-                effort="fast",
-                sample_weight=np.maximum(self._frequencies, 0.01),
-                random_state=0,
-                n_jobs=1,
-            )
+            table, held = self._compressed_table(dense, kind, limit)
         except ValueError as error:
             unknown = ["auc", "log_loss", "inference_nbytes", "exported_nbytes", "lookups_per_second"]
             return line | dict.fromkeys(unknown) | {"error": str(error)}
@@ -463,10 +509,28 @@ class _Worker:
         return line | {
             "auc": auc,
             "log_loss": log_loss,
-            "inference_nbytes": table.codes.nbytes + sum(t.nbytes for t in table._core.tensors().values()),
+            "inference_nbytes": held,
             "exported_nbytes": table.nbytes,
             "lookups_per_second": _lookups_per_second(vqrs.torch.Embedding.from_table(table), ids),
         }
+
+    def _compressed_table(self, dense: NDArray[np.float32], kind: str, limit: int) -> tuple[vqrs.Table, int]:
+        """A table that holds at most so many bytes beside the header of its file, and how many it holds."""
+        header = FILE_NBYTES
+        while True:
+            table = vqrs.compress(
+                dense,
+                nbytes=limit + header,
+                method=None if kind == "auto" else kind,
+                effort="fast",
+                sample_weight=np.maximum(self._frequencies, 0.01),
+                random_state=0,
+                n_jobs=1,
+            )
+            held = table.codes.nbytes + sum(t.nbytes for t in table._core.tensors().values())
+            if held <= limit:
+                return table, held
+            header -= held - limit  # smaller than it was taken for
 
 
 def _lookups_per_second(embedding: Any, ids: Any) -> float:

@@ -7,6 +7,7 @@ import re
 import shutil
 import tempfile
 import weakref
+import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -242,10 +243,13 @@ def _negatives(
 
 
 def _arrays(source: Path) -> tuple[str, ...]:
-    if source.suffix != ".npz":
+    if source.suffix != ".npz" or not source.is_file():
         return ()
-    with np.load(source) as arrays:
-        return tuple(arrays.files)
+    try:
+        with np.load(source) as arrays:
+            return tuple(arrays.files)
+    except (OSError, EOFError, ValueError, TypeError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{source} is no whole file of numpy arrays ({error}).") from error
 
 
 def _is_gowalla(source: Path) -> bool:

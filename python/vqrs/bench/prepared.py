@@ -88,7 +88,7 @@ def write(
         raise ValueError(f"{name}: the rows changed while they were read: {n_rows} expected, {ends} found.")
     for array in arrays.values():
         array.flush()
-    np.save(partial / "frequencies.npy", frequencies)
+    np.save(partial / "frequencies.npy", np.asarray(frequencies, dtype=np.int64))
     about = {
         "version": VERSION,
         "name": name,
@@ -200,14 +200,23 @@ def open_prepared(folder: Path, *, name: str | None = None) -> Dataset:
     """
     if not (folder / ABOUT).exists():
         raise ValueError(f"{folder} has no {ABOUT}: it is not whole; prepare it again.")
-    about = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
+    try:
+        about = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{folder / ABOUT} cannot be read ({error}): prepare the folder again.") from error
+    about = about if isinstance(about, dict) else {}
     if about.get("version") != VERSION:
         raise ValueError(f"{folder} is of version {about.get('version')}, this package reads {VERSION}: prepare again.")
-    n_fields, n_numeric, n_rows = len(about["field_names"]), about["n_numeric"], about["n_rows"]
+    try:
+        n_fields, n_numeric, n_rows = len(about["field_names"]), about["n_numeric"], about["n_rows"]
+        n_ids, has_unknown_ids = sum(about["field_sizes"]), about["has_unknown_ids"]
+        files = _shapes(n_fields, n_numeric, n_rows) | {"frequencies.npy": (np.int64, (n_ids,))}
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{folder / ABOUT} is not whole (about {error}): prepare the folder again.") from error
     arrays: dict[str, NDArray[Any]] = {}
-    for file, (dtype, shape) in _shapes(n_fields, n_numeric, n_rows).items():
+    for file, (dtype, shape) in files.items():
         try:
-            arrays[file] = np.load(folder / file, mmap_mode="r")
+            arrays[file] = np.load(folder / file, mmap_mode="r", allow_pickle=False)
         except (OSError, EOFError, ValueError) as error:
             raise ValueError(f"{folder / file} cannot be read ({error}): prepare the folder again.") from error
         if (arrays[file].dtype, arrays[file].shape) != (dtype, shape):
@@ -228,7 +237,7 @@ def open_prepared(folder: Path, *, name: str | None = None) -> Dataset:
         about["field_names"],
         about["field_sizes"],
         rows,
-        has_unknown_ids=about["has_unknown_ids"],
-        frequencies=np.load(folder / "frequencies.npy"),
+        has_unknown_ids=has_unknown_ids,
+        frequencies=np.array(arrays["frequencies.npy"]),
         window_rows=WINDOW_ROWS,
     )

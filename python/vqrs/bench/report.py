@@ -78,12 +78,21 @@ class Section(NamedTuple):
     model: str
     embedding_dim: int | None
     rest: str
-    """Options of the data set, settings of the training and whether fields have tables of their own, as JSON."""
+    """Source and options of the data, whether fields have tables of their own, settings of training, as JSON."""
 
     @property
     def title(self) -> str:
         """A heading."""
         return f"{self.dataset}, {self.model}" + (f", d = {self.embedding_dim}" if self.embedding_dim else "")
+
+    @property
+    def training(self) -> str:
+        """How its runs were trained, where that differs from what is usual; empty where nothing does."""
+        if not self.rest:
+            return ""
+        _, options, separate, settings = json.loads(self.rest)
+        told = [f"{name.replace('_', ' ')} {value}" for name, value in [*options.items(), *settings.items()]]
+        return ", ".join([*told, *(["a table for each field"] if separate else [])])
 
 
 @dataclass(frozen=True)
@@ -136,18 +145,25 @@ def read_runs(path: str | Path) -> tuple[list[dict[str, Any]], list[str]]:
             line = json.loads(text)
         except json.JSONDecodeError:
             line = None
-        if not isinstance(line, dict) or not {"dataset", "model", "method"} <= line.keys():
+        if not isinstance(line, dict) or not {"dataset", "model", "method"} <= line.keys() or not _whole_key(line):
             notes.append(f"line {number} of {path} is damaged, it was left out")
             continue
         found[line.get("key") or json.dumps([*_cell(line), line.get("seed"), line.get("learning_rate")])] = line
     return list(found.values()), notes
 
 
+def _whole_key(line: Mapping[str, Any]) -> bool:
+    try:
+        return not line.get("key") or len(json.loads(line["key"])) == 10
+    except (TypeError, ValueError):
+        return False
+
+
 def _section(line: Mapping[str, Any]) -> Section:
     rest = ""
     if line.get("key"):
-        _, options, _, _, _, _, _, _, separate, settings = json.loads(line["key"])
-        rest = json.dumps([options, separate, settings], sort_keys=True)
+        source, options, _, _, _, _, _, _, separate, settings = json.loads(line["key"])
+        rest = json.dumps([source, options, separate, settings], sort_keys=True)
     return Section(line["dataset"], line["model"], line.get("embedding_dim"), rest)
 
 
@@ -244,11 +260,15 @@ def summarise(lines: Iterable[Mapping[str, Any]]) -> list[Summary]:
 
 
 def _counting(lines: list[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """Of lines of several learning rates those of the chosen one; later calls may have tried more and chosen anew."""
+    """Of lines of several learning rates those of the chosen one; later calls may have tried more and chosen anew.
+
+    A run that stands in several files, or with 256 and 256.0 in its key, is one run.
+    """
     lines = [line for line in lines if line.get("chosen")] or lines
     first = min(line.get("seed") or 0 for line in lines)
     best = max((line for line in lines if (line.get("seed") or 0) == first), key=_validation)
-    return [line for line in lines if line.get("learning_rate") == best.get("learning_rate")]
+    same = [line for line in lines if line.get("learning_rate") == best.get("learning_rate")]
+    return list({line.get("seed"): line for line in same}.values())
 
 
 def _validation(line: Mapping[str, Any]) -> float:
@@ -347,11 +367,16 @@ def _text(summary: Summary, measure: str) -> str:
     if measure == "trained_floats":
         return f"{value:,.0f}"
     if measure in ("seconds", "learning_rate"):
-        return f"{value:.3g}"
+        return _short(value)
     if measure == "lookups_per_second":
         return f"{value / 1e6:.3g} M"
     half = summary.intervals.get(measure) if measure in _WITH_INTERVALS else None
     return f"{value:.4f}" + ("" if half is None else f" ± {half:.4f}")
+
+
+def _short(value: float) -> str:
+    """Three figures, and all of a number of four and more."""
+    return f"{value:,.0f}" if abs(value) >= 999.5 else f"{value:.3g}"
 
 
 def budget_text(unit: str | None, value: float | None, ratio: float) -> str:
@@ -410,6 +435,8 @@ def markdown_table(members: Sequence[Summary], measure: str = "auc") -> str:
         the method cannot reach the budget, with the bytes that its training would hold.
     """
     budgets = _budgets(members)
+    if not budgets:
+        return _rows(["method", "no budget"], [[s.method, _text(s, measure)] for s in members])
     columns = []
     for budget in budgets:
         column = _at(members, budget)
@@ -528,7 +555,7 @@ def _trait(name: str, value: Any) -> str:
         return DASH
     if name.endswith("_share"):
         return f"{100 * value:.1f} %"
-    return f"{value:,}" if isinstance(value, int) else f"{value:.3g}" if isinstance(value, float) else str(value)
+    return f"{value:,}" if isinstance(value, int) else _short(value) if isinstance(value, float) else str(value)
 
 
 def markdown_report(summaries: Sequence[Summary], pictures: Mapping[Section, str] | None = None) -> str:
@@ -570,14 +597,16 @@ def _full_rows(members: Iterable[Summary]) -> Iterator[list[str]]:
         yield [summary.method, *(_text(summary, measure) for measure in _DETAILS)]
 
 
-def _seeds(members: Iterable[Summary]) -> str:
+def _seeds(members: Sequence[Summary]) -> str:
     numbers = sorted({s.n_seeds for s in members if s.n_seeds})
     if not numbers:
         return "No run ended."
     seeds = f"{numbers[0]}" if len(numbers) == 1 else f"{numbers[0]} to {numbers[-1]}"
+    told = f"Means over {seeds} seeds with 95 % confidence intervals (Student's t)."
     if numbers == [1]:
-        return "One seed a line: no intervals."
-    return f"Means over {seeds} seeds with 95 % confidence intervals (Student's t)."
+        told = "One seed a line: no intervals."
+    training = members[0].section.training
+    return told + (f" Settings: {training}." if training else "")
 
 
 def put_between(document: str, tables: str) -> str:

@@ -44,8 +44,10 @@ def run_scale(
 
     Raises
     ------
-    RuntimeError
-        The process failed; its last line is told.
+    ValueError
+        An unknown method or setting, or a budget that the method cannot reach.
+    ChildProcessError
+        The process failed otherwise, or was killed; its last line is told.
     """
     asked = {
         "method": method,
@@ -60,7 +62,9 @@ def run_scale(
         [sys.executable, "-m", "vqrs.bench.scale", json.dumps(asked)], capture_output=True, text=True, check=False
     )
     if done.returncode:
-        raise RuntimeError(f"{method}: {(done.stderr.strip() or 'it was killed').splitlines()[-1]}")
+        last = (done.stderr.strip() or "it was killed, as happens where memory runs out").splitlines()[-1]
+        kind, colon, text = last.partition(": ")
+        raise ValueError(text) if colon and kind == "ValueError" else ChildProcessError(f"{method}: {last}")
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found
 
@@ -80,9 +84,11 @@ def _train(
     import torch
 
     import vqrs.torch
-    from vqrs.bench.ctr import parse_method
+    from vqrs.bench.ctr import check_names, parse_method
+    from vqrs.torch.trained.base import TrainedEmbedding
     from vqrs.torch.trained.hashing import hash_signs
 
+    check_names("method", [method], vqrs.torch.methods(), TrainedEmbedding)
     name, settings = parse_method(method)
     made = vqrs.torch.methods()[name]
     if made.per_id_state:
@@ -128,7 +134,8 @@ def _train(
         "first_loss": float(np.mean(losses[:share])),
         "last_loss": float(np.mean(losses[-share:])),
         "seconds": round(seconds, 2),
-        "peak_nbytes": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
+        # Linux counts in KiB, macOS in bytes.
+        "peak_nbytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024),
     }
 
 

@@ -78,7 +78,8 @@ def predict(model: nn.Module, dataset: Dataset, split: str) -> tuple[NDArray[np.
         ]
     finally:
         model.train(was_training)
-    return np.concatenate([p for p, _ in found]), np.concatenate([y for _, y in found])
+    empty = np.zeros(0, np.float32)
+    return np.concatenate([empty, *(p for p, _ in found)]), np.concatenate([empty, *(y for _, y in found)])
 
 
 def score(model: nn.Module, dataset: Dataset, split: str) -> tuple[float, float]:
@@ -88,10 +89,14 @@ def score(model: nn.Module, dataset: Dataset, split: str) -> tuple[float, float]
     ------
     FloatingPointError
         A probability is not a number: the training diverged.
+    ValueError
+        The split has rows of one label only, or none.
     """
     from sklearn.metrics import log_loss, roc_auc_score
 
     probabilities, labels = predict(model, dataset, split)
+    if not len(labels) or labels.min() == labels.max():
+        raise ValueError(f"{dataset.name}: an AUC needs rows of both labels, the {split} part has not")
     if not np.isfinite(probabilities).all():
         raise FloatingPointError(
             f"{dataset.name}: the model predicts NaN, its training diverged: lower the learning rate"

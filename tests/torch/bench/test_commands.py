@@ -107,6 +107,17 @@ def test_ctr_is_interrupted(tmp_path):
     assert len({line["key"] for line in lines}) < 5  # of 9
 
 
+def test_all_methods_beside_settings_of_one(monkeypatch, tmp_path):
+    plans = []
+    monkeypatch.setattr("vqrs.bench.ctr.run", lambda plan, *_, **__: plans.append(plan) or [])
+    monkeypatch.chdir(tmp_path)
+    run("ctr", DATA)
+    run("ctr", DATA, "--method", "all", "--method", "cce:num_columns=8")
+    assert "full" in plans[0].methods
+    assert len(plans[0].methods) > 20
+    assert plans[1].methods == [*plans[0].methods, "cce:num_columns=8"]
+
+
 def test_report(runs):
     text = run("report", runs).stdout
     assert f"### {DATA}, gmf, d = 8" in text
@@ -195,7 +206,11 @@ def test_scale(monkeypatch):
         (["ctr", DATA, "--method", "low-rank:rank"], 1, "NAME=VALUE, got 'rank'"),
         (["ctr", DATA, "--bytes", "many"], 2, "--bytes: cannot read 'many'"),
         (["ctr", DATA, "--seeds", "0"], 2, "--seeds"),
+        (["ctr", DATA, "--method", "low-rank", "--ratio", "0"], 1, "a budget must be positive, got ratio=0"),
+        (["ctr", DATA, "--method", "low-rank", "--learning-rate", "0"], 1, "a learning rate must be positive, got 0"),
+        (["ctr", DATA, "--method", "low-rank:rang=3"], 1, "method low-rank has no setting 'rang': it has "),
         (["ctr"], 2, "DATASET"),
+        (["scale", "--method", "hush", "--rows", "50"], 1, "vqrs: unknown method 'hush': there are "),
         (["prepare", "nowhere.npz", "made"], 1, "nowhere.npz: no such file"),
         (["prepare", "{empty}", "made", "--option", "name"], 2, "--option name: expected NAME=VALUE"),
         (["traits", "nowhere.npz"], 1, "nowhere.npz: no such file"),

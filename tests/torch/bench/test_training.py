@@ -144,3 +144,12 @@ def test_scores_are_known_ones():
     assert probabilities.shape == labels.shape == (4,)
     # Equal scores rank nothing.
     assert score(model, data, "test")[0] == 0.5
+
+
+@pytest.mark.parametrize("labels", [[1, 1], []])
+def test_no_auc_of_one_label(labels):
+    rows = Rows(np.zeros((len(labels), 2), int), np.zeros((len(labels), 0), np.float32), np.array(labels))
+    both = Rows(np.zeros((2, 2), int), np.zeros((2, 0), np.float32), np.array([0, 1]))
+    data = Dataset("ones", ["user", "item"], [1, 1], {"train": both, "validation": rows, "test": both})
+    with pytest.raises(ValueError, match="an AUC needs rows of both labels, the validation part has not"):
+        train(model_of(data), data, Settings(epochs=1))
