@@ -59,6 +59,10 @@ class ALPTEmbedding(IntegerEmbedding):
         The budget is less than 2 bits a value and a float a row, or less than all values where it bounds trained
         floats.
 
+    References
+    ----------
+    Li et al., "Adaptive low-precision training for embeddings in click-through rate prediction", 2023.
+
     Examples
     --------
     >>> import torch

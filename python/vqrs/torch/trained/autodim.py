@@ -124,6 +124,10 @@ class AutoDimEmbedding(FieldBlocks):
     ValueError
         The budget is less than the smallest candidates need, or a candidate is out of range.
 
+    References
+    ----------
+    Zhao et al., "AutoDim: field-aware embedding dimension search in recommender systems", 2021.
+
     Examples
     --------
     >>> import torch

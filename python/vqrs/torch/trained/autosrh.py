@@ -56,6 +56,10 @@ class AutoSrhEmbedding(PrunedEmbedding):
     ValueError
         The budget is less than one value, or a parameter is out of its range.
 
+    References
+    ----------
+    Kong et al., "AutoSrh: an embedding dimensionality search framework for tabular data prediction", 2022.
+
     Examples
     --------
     >>> import torch

@@ -291,7 +291,8 @@ class TrainedEmbedding(nn.Module):
         training = self.training
         self.eval()
         try:
-            device = next((p.device for p in self.parameters()), torch.device("cpu"))
+            # Rows that are integers in training too are no parameters.
+            device = next((t.device for t in [*self.parameters(), *self.buffers()]), torch.device("cpu"))
             out = np.empty((self.num_embeddings, self.embedding_dim), np.float32)
             for start in range(0, len(out), batch):
                 ids = torch.arange(start, min(start + batch, len(out)), device=device)

@@ -50,6 +50,10 @@ class DedupEmbedding(TrainedEmbedding):
     ValueError
         The budget is less than a block, or less than the full table where it bounds trained floats.
 
+    References
+    ----------
+    Zhou et al., "Serving deep learning models with deduplication from relational databases", 2022.
+
     Examples
     --------
     >>> import torch

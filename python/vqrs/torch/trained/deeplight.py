@@ -50,6 +50,11 @@ class DeepLightEmbedding(PrunedEmbedding):
     ValueError
         The budget is less than one value, or ``sparsity`` is not from 0 to 1 or needs more than the budget.
 
+    References
+    ----------
+    Deng et al., "DeepLight: deep lightweight feature interactions for accelerating CTR predictions in ad serving",
+    2021.
+
     Examples
     --------
     >>> import torch

@@ -61,6 +61,10 @@ class DPQEmbedding(TrainedEmbedding):
     ValueError
         The budget is less than a bit a row, or less than the query table where it bounds trained floats.
 
+    References
+    ----------
+    Chen, Li and Sun, "Differentiable product quantization for end-to-end embedding compression", 2020.
+
     Examples
     --------
     >>> import torch
@@ -326,9 +330,14 @@ class DPQEmbedding(TrainedEmbedding):
 
 
 class DPQSXEmbedding(DPQEmbedding):
-    """:class:`DPQEmbedding` with ``mode="sx"``: keys choose entries, through a softmax.
+    """:class:`DPQEmbedding` with ``mode="sx"``: keys choose entries, through a softmax (Chen et al., 2020).
 
     Parameters are those of :class:`DPQEmbedding`.
+
+    Raises
+    ------
+    ValueError
+        As of :class:`DPQEmbedding`.
 
     Examples
     --------

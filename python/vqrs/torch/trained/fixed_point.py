@@ -40,6 +40,11 @@ class Int8Embedding(IntegerEmbedding):
     ValueError
         The budget is less than the integers, or less than their number where it bounds trained floats.
 
+    References
+    ----------
+    Gupta et al., "Deep learning with limited numerical precision", 2015. Xu et al., "Agile and accurate CTR prediction
+    model training for massive-scale online advertising systems", 2021.
+
     Examples
     --------
     >>> import torch
@@ -103,10 +108,15 @@ class Int8Embedding(IntegerEmbedding):
 
 
 class Int16Embedding(Int8Embedding):
-    """Rows of int16 times one fixed step: :class:`Int8Embedding` with finer steps.
+    """Rows of int16 times one fixed step: :class:`Int8Embedding` (Xu et al., 2021) with finer steps.
 
     Parameters are those of :class:`Int8Embedding`; by default 32,767 steps are twenty times the bound of the initial
     weights.
+
+    Raises
+    ------
+    ValueError
+        As of :class:`Int8Embedding`.
 
     Examples
     --------

@@ -14,7 +14,12 @@ from vqrs.torch.trained.export import as_table, rows_part
 class FullEmbedding(TrainedEmbedding):
     """The float32 table, a row an id.
 
-    Parameters are those of :class:`TrainedEmbedding`; a budget below the table is refused.
+    Parameters are those of :class:`TrainedEmbedding`.
+
+    Raises
+    ------
+    ValueError
+        The budget is less than the table.
 
     Examples
     --------

@@ -31,6 +31,10 @@ class HashEmbedding(TrainedEmbedding):
     ValueError
         The budget is less than a row, or ``num_rows`` is below 1.
 
+    References
+    ----------
+    Weinberger et al., "Feature hashing for large scale multitask learning", 2009.
+
     Examples
     --------
     >>> import torch

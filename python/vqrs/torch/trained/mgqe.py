@@ -52,6 +52,11 @@ class MGQEEmbedding(DPQEmbedding):
     ValueError
         The budget is less than a bit a row and the bitmap, or less than the query table where it bounds trained floats.
 
+    References
+    ----------
+    Kang et al., "Learning multi-granular quantized embeddings for large-vocab categorical features in recommender
+    systems", 2020.
+
     Examples
     --------
     >>> import torch

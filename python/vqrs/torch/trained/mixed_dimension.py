@@ -190,6 +190,10 @@ class MixedDimensionEmbedding(FieldBlocks):
     ValueError
         The budget is less than one column for each field, or ``dims`` or ``temperature`` make no sense.
 
+    References
+    ----------
+    Ginart et al., "Mixed dimension embeddings with application to memory-efficient recommendation systems", 2019.
+
     Examples
     --------
     >>> import torch

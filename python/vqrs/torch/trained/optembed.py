@@ -196,6 +196,10 @@ class OptEmbedEmbedding(TrainedEmbedding):
     ValueError
         The budget is less than one value.
 
+    References
+    ----------
+    Lyu et al., "OptEmbed: learning optimal embedding table for click-through rate prediction", 2022.
+
     Examples
     --------
     >>> import torch

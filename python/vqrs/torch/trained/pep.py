@@ -54,6 +54,10 @@ class PEPEmbedding(PrunedEmbedding):
     ValueError
         The budget is less than one value, or a parameter is out of its range.
 
+    References
+    ----------
+    Liu et al., "Learnable embedding sizes for recommender systems", 2021.
+
     Examples
     --------
     >>> import torch
