@@ -2,6 +2,7 @@
 
 import json
 import os
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -50,6 +51,25 @@ def test_shuffled_windows_of_mapped_rows(dataset, tmp_path, monkeypatch):
     assert [len(batch.labels) for batch in batches] == [50] * 20
 
 
+def test_a_shuffled_reading_holds_a_window_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets, "BLOCK_ROWS", 256)
+    monkeypatch.setattr(prepared, "WINDOW_ROWS", 1024)
+
+    def peak(n_rows):
+        rows = Rows(np.zeros((n_rows, 2), int), np.zeros((n_rows, 3), np.float32), np.arange(n_rows) % 2)
+        whole = Dataset("long", "ab", [1, 1], dict.fromkeys(SPLITS, rows))
+        mapped = open_dataset(save(whole, tmp_path / "long", overwrite=True))
+        del rows, whole
+        tracemalloc.start()
+        assert sum(len(batch.labels) for batch in mapped.batches("train", 100, seed=0)) == n_rows
+        highest = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return highest
+
+    peak(5_000)  # what is made once
+    assert peak(200_000) < peak(5_000) + 100_000, "the rows are 4.2 million bytes"
+
+
 def test_a_folder_is_not_overwritten_unless_asked(dataset, tmp_path):
     folder = tmp_path / "folder"
     folder.mkdir()
@@ -58,6 +78,13 @@ def test_a_folder_is_not_overwritten_unless_asked(dataset, tmp_path):
         save(dataset, folder)
     other = Dataset("other", ["a", "b"], [50, 9], {split: dataset.rows("test") for split in SPLITS})
     save(other, folder, overwrite=True)
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    (photos / "cat.png").write_text("meow")
+    for place in (photos, photos / "cat.png"):
+        with pytest.raises(FileExistsError, match="is there already and no prepared data set"):
+            save(other, place, overwrite=True)
+    assert (photos / "cat.png").read_text() == "meow"
     assert open_dataset(folder).name == "other"
     assert open_dataset(folder, name="mine").name == "mine"
 

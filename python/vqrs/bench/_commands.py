@@ -165,7 +165,7 @@ def prepare_data(
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="What DATASET is then.", show_default=False)],
     format: Annotated[str | None, typer.Option(help="Recognised by default.", show_default=False)] = None,
     option: Options = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the folder.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace FOLDER, if it is a prepared one.")] = False,
 ) -> None:
     """Read a data set once, also one that is larger than memory, into a folder of arrays that open at once."""
     from vqrs.bench import open_dataset, prepare

@@ -55,17 +55,20 @@ def write(
     origin : dict
         How the set was made; kept in ``dataset.json``.
     overwrite : bool, default=False
-        Replace the folder if it is there.
+        Replace the folder if it is there and is such a folder, whole or broken.
 
     Raises
     ------
     FileExistsError
-        The folder is there and not empty, and is not to be replaced.
+        The folder is there and not empty, and is not to be replaced; or it holds something else, which never is.
     ValueError
         A split has no rows.
     """
-    if folder.exists() and not overwrite and (not folder.is_dir() or any(folder.iterdir())):
-        raise FileExistsError(f"{folder} is there already: choose another folder, or overwrite it.")
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        if not is_prepared(folder):
+            raise FileExistsError(f"{folder} is there already and no prepared data set: choose another folder.")
+        if not overwrite:
+            raise FileExistsError(f"{folder} is there already: choose another folder, or overwrite it.")
     empty = [split for split in SPLITS if not n_rows[split]]
     if empty:
         counts = ", ".join(f"{n_rows[split]} {split}" for split in SPLITS)
@@ -100,10 +103,8 @@ def write(
         "origin": origin,
     }
     (partial / ABOUT).write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
-    if folder.is_dir():
+    if folder.exists():
         shutil.rmtree(folder)
-    elif folder.exists():
-        folder.unlink()
     os.replace(partial, folder)
 
 
