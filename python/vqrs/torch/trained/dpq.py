@@ -24,7 +24,7 @@ _DEAD = 0.01
 
 
 class _Seen(NamedTuple):
-    """What a training batch looked up, for the moving averages of the codebooks."""
+    """What a backward pass has reached, for the moving averages of the codebooks."""
 
     ids: Tensor
     counts: Tensor
@@ -201,10 +201,12 @@ class DPQEmbedding(TrainedEmbedding):
 
     def _nearest_rows(self, ids: Tensor, counts: Tensor, queries: Tensor) -> Tensor:
         codes = self._nearest(ids, queries.detach())
-        if torch.is_grad_enabled():
-            self._seen.append(_Seen(ids, counts, queries.detach(), codes))
         # Exactly the entry, with the gradient of the query.
-        return self._decode(codes).view_as(queries) + (queries - queries.detach())
+        rows = self._decode(codes).view_as(queries) + (queries - queries.detach())
+        if rows.requires_grad:
+            seen = _Seen(ids, counts, queries.detach(), codes)
+            rows.register_hook(lambda gradient: self._seen.append(seen))
+        return rows
 
     def _softmax_rows(self, queries: Tensor) -> Tensor:
         logits = self._logits(queries, *self._moments(queries))
