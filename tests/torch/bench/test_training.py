@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import vqrs.torch
+from vqrs.bench import training
 from vqrs.bench.datasets import Dataset, Rows
 from vqrs.bench.models import models
 from vqrs.bench.synthetic import synthetic
@@ -105,6 +106,70 @@ def test_stages_hooks_and_budgets(dataset):
     assert [entry[1] for entry in search if entry[0] == "epoch"] == [1, 2, 3]
     assert [entry["within_budget"] for entry in outcome.history if entry["stage"] == "last"][:2] == [False, True]
     assert outcome.best_epoch >= 2
+
+
+def test_the_rest_of_the_model_restarts_where_the_embedding_says_so(dataset, monkeypatch):
+    model = model_of(dataset, Recorder)
+    (part,) = model.embedding.parts
+    stages = []
+    reset = model.reset_parameters
+    monkeypatch.setattr(model, "reset_parameters", lambda: stages.append(part.stage) or reset())
+    train(model, dataset, Settings(epochs=2, batch_size=4000))
+    assert stages == ["last"]
+
+
+class Growing(TrainedEmbedding):
+    """Trains more floats, and holds more bytes, in its first stage than in its last."""
+
+    about = "for tests"
+    stages = ("wide", "narrow")
+    name = "growing"
+
+    def __init__(self, *args, **settings):
+        super().__init__(*args, **settings)
+        self.weight = torch.nn.Parameter(self.uniform(self.num_embeddings, self.embedding_dim))
+        self.scores = torch.nn.Parameter(torch.ones(self.num_embeddings, 1))
+
+    def rows(self, ids):
+        return self.weight[ids] * self.scores[ids]
+
+    def enter_stage(self, stage):
+        super().enter_stage(stage)
+        self.scores.requires_grad_(stage == "wide")
+
+
+def test_floats_and_bytes_are_the_most_of_any_stage(dataset):
+    model = model_of(dataset, Growing)
+    outcome = train(model, dataset, Settings(epochs=1, batch_size=4000))
+    assert outcome.trained_floats == 300 * 9
+    assert outcome.training_nbytes == 16 * 300 * 9
+    assert model.embedding.trained_floats() == 300 * 8
+
+
+def test_the_best_epoch_of_an_early_stage_goes_on(dataset, monkeypatch):
+    """The second epoch of the first stage is worse: the next stage starts from the weights of the first."""
+    model = model_of(dataset, Growing)
+    (part,) = model.embedding.parts
+    kept = {}
+    enter = part.enter_stage
+
+    def noted(stage):
+        if stage == "narrow":
+            kept["start"] = part.weight.detach().clone()
+        enter(stage)
+
+    def worse_and_worse(model, dataset, split):
+        if split == "validation" and part.stage == "wide":
+            kept.setdefault("first", part.weight.detach().clone())
+        scores["next"] -= 0.01
+        return scores["next"], 1.0
+
+    scores = {"next": 0.9}
+    monkeypatch.setattr(part, "enter_stage", noted)
+    monkeypatch.setattr(training, "score", worse_and_worse)
+    outcome = train(model, dataset, Settings(epochs=3, batch_size=4000, patience=2))
+    assert [entry["epoch"] for entry in outcome.history if entry["stage"] == "wide"] == [1, 2, 3]
+    assert torch.equal(kept["start"], kept["first"])
 
 
 def test_never_within_the_budget(dataset):
