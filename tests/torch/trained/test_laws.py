@@ -350,6 +350,38 @@ def test_tables_give_the_rows_of_the_module(name, trained, tmp_path):
     assert stored_nbytes(tmp_path / "table.safetensors") <= 1.3 * module.inference_nbytes() + 1024
 
 
+def after_a_step(name, parts):
+    """The state of a module after one step on ids that came in parts, a backward pass each."""
+    module = at_ratio(name).train()
+    ids, weights = torch.arange(0, ROWS, 3), torch.linspace(-1, 1, ROWS // 3)[:, None]
+    groups = [{"params": [torch.nn.Parameter(torch.zeros(1))]}, *module.parameter_groups()]
+    optimizer = torch.optim.SGD([group for group in groups if group["params"]], lr=0.1)
+
+    def loss(part):
+        return (module(ids[part]) * weights[part]).sum()
+
+    for part in parts:
+        loss(part).backward()
+    optimizer.step()
+    module.on_step(
+        SimpleNamespace(
+            **{"step": 1, "epoch": 1, "epochs": 3, "steps_per_epoch": 30, "optimizer": optimizer},
+            batch_loss=lambda: sum(loss(part) for part in parts),
+            validation_loss=lambda: loss(slice(None)),
+        )
+    )
+    return {key: value for key, value in module.state_dict().items() if isinstance(value, torch.Tensor)}
+
+
+@pytest.mark.parametrize("name", sorted(set(METHODS) - {"autodim", "dpq-sx", "optembed"}))
+def test_passes_before_a_step_add_up(name):
+    """Gradient accumulation; but for methods that normalise over a batch, or draw for each."""
+    once, parts = (after_a_step(name, parts) for parts in ([slice(None)], [slice(70), slice(70, 70), slice(70, None)]))
+    assert once.keys() == parts.keys()
+    for key, value in once.items():
+        torch.testing.assert_close(parts[key], value, rtol=1e-4, atol=1e-5)
+
+
 def stored_nbytes(path):
     """Bytes of a table file's tensors, without its header and padding."""
     raw = path.read_bytes()

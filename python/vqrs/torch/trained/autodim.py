@@ -273,7 +273,6 @@ class AutoDimEmbedding(FieldBlocks):
         return rows_by_field(
             ids,
             self.field_sizes,
-            self.embedding_dim,
             lambda field, local: self._search_block(field, int(chosen[field]), fold=False).rows(local),
         )
 

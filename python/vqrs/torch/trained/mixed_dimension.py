@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 _BISECTIONS = 60
 
 
-def rows_by_field(ids: Tensor, field_sizes: Sequence[int], dim: int, block: Callable[[int, Tensor], Tensor]) -> Tensor:
+def rows_by_field(ids: Tensor, field_sizes: Sequence[int], block: Callable[[int, Tensor], Tensor]) -> Tensor:
     """Rows of a table whose fields have blocks of their own.
 
     Parameters
@@ -31,27 +31,24 @@ def rows_by_field(ids: Tensor, field_sizes: Sequence[int], dim: int, block: Call
         Global ids: fields stand one after the other.
     field_sizes : sequence of int
         Rows of each field.
-    dim : int
-        Values of a row.
     block : callable
-        ``block(field, local_ids)`` gives the rows of ids within a field; not called for a field without ids.
+        ``block(field, local_ids)`` gives the rows of ids within a field; not called for a field without ids, but for
+        the first one where there are none at all.
 
     Returns
     -------
-    Tensor of shape (n, dim)
+    Tensor of shape (n, values of a row)
 
     Examples
     --------
     >>> import torch
-    >>> rows_by_field(torch.tensor([2, 0, 1]), [2, 1], 1, lambda field, local: 10.0 * field + local[:, None])
+    >>> rows_by_field(torch.tensor([2, 0, 1]), [2, 1], lambda field, local: 10.0 * field + local[:, None])
     tensor([[10.],
             [ 0.],
             [ 1.]])
     """
-    if len(field_sizes) == 1:
+    if len(field_sizes) == 1 or not len(ids):
         return block(0, ids)
-    if not len(ids):
-        return torch.zeros(0, dim, device=ids.device)
     ends = torch.tensor(field_sizes, device=ids.device).cumsum(0)
     fields = torch.bucketize(ids, ends, right=True)
     order = fields.argsort(stable=True)
@@ -151,9 +148,7 @@ class FieldBlocks(TrainedEmbedding):
 
     def rows(self, ids: Tensor) -> Tensor:
         """Rows of the fields' blocks, projected."""
-        return rows_by_field(
-            ids, self.field_sizes, self.embedding_dim, lambda field, local: self.block(field).rows(local)
-        )
+        return rows_by_field(ids, self.field_sizes, lambda field, local: self.block(field).rows(local))
 
     def to_table(self) -> vqrs.Table:
         """The same rows: each field is a range of ids with its block and projection."""
