@@ -377,8 +377,9 @@ class _Worker:
 
     def _key(self, cell: Cell, seed: int, rate: float) -> str:
         plan = self.plan
-        budget = None if cell.budget is None else [cell.budget.unit, cell.budget.value]
-        what = [plan.dataset, plan.dataset_options, cell.model, cell.method, budget, seed, rate]
+        # 10 and 10.0 are one budget: a run is not repeated because a caller wrote it the other way.
+        budget = None if cell.budget is None else [cell.budget.unit, float(cell.budget.value)]
+        what = [plan.dataset, plan.dataset_options, cell.model, cell.method, budget, seed, float(rate)]
         return json.dumps([*what, plan.embedding_dim, plan.separate, plan.settings], sort_keys=True)
 
     def _write(self, line: dict[str, Any]) -> dict[str, Any]:

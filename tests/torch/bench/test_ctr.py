@@ -74,6 +74,9 @@ def test_runs_go_on_where_they_stopped(tmp_path, monkeypatch):
     assert both[0] == first[0]
     assert run(plan_of(seeds=2), out) == both
     assert len(trained) == 1
+    # Numbers are what they are, however they are written.
+    assert run(plan_of(seeds=2, budgets=[Budget("ratio", 4.0)]), out) == both
+    assert len(trained) == 1
     # Another setting is another run.
     run(Plan(**vars(plan_of(seeds=1)) | {"settings": SETTINGS | {"epochs": 1}}), out)
     assert len(trained) == 2
