@@ -6,6 +6,7 @@ import torch
 from torch.nn import functional as F
 
 from vqrs.torch.trained.autodim import AutoDimEmbedding, choose, soft_choice, temperature_at
+from vqrs.torch.trained.autosrh import normalised_step
 
 FIELDS = [4, 60, 300]
 ROWS = sum(FIELDS)
@@ -207,3 +208,11 @@ def test_saved_and_loaded_in_each_stage():
 def test_errors(settings, message):
     with pytest.raises(ValueError, match=message):
         AutoDimEmbedding(100, 8, **settings)
+
+
+@pytest.mark.parametrize("largest", [0.0, 1e-42, 1e-38])
+def test_a_step_along_a_gradient_that_underflowed_stays_finite(largest):
+    """A cold softmax leaves subnormal gradients, whose reciprocal is infinite."""
+    alpha = torch.zeros(1, 3)
+    normalised_step(alpha, torch.tensor([[largest, 0.0, -largest]]), rate=1.0)
+    assert torch.equal(alpha, torch.zeros(1, 3))

@@ -25,7 +25,8 @@ def normalised_step(parameter: Tensor, gradient: Tensor, rate: float) -> None:
     tensor([1.1000, 0.9500])
     """
     largest = gradient.abs().max()
-    if largest > 0:
+    # One that has all but underflowed says nothing, and its reciprocal is infinite.
+    if largest > torch.finfo(gradient.dtype).tiny:
         parameter.sub_(gradient * (rate / largest))
 
 
