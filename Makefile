@@ -14,7 +14,7 @@ PYTHON_FILES := python tests benches examples docs tools
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 .PHONY: help demo test test-rust test-fast test-slow test-torch check check-rust check-python check-docs \
-        docs bench bench-kernels bench-speed bench-compare bench-report bench-memory bench-torch bench-ctr-small clean
+        docs faults bench bench-kernels bench-speed bench-compare bench-report bench-memory bench-torch bench-ctr-small clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -57,6 +57,10 @@ check-docs: $(VENV)/with-dev ## generated tables and links
 docs: $(VENV)/with-docs ## build the documentation into docs/_build
 	$(RUN) docs/generate.py
 	$(RUN) -m sphinx -q -W --keep-going -b html docs docs/_build
+
+faults: $(VENV)/torch $(VENV)/with-test ## inject every fault in full and print what held (hours; make faults ONLY="R6 R7")
+	$(RUN) -m benches.faults $(ONLY)
+	$(RUN) docs/generate.py
 
 bench: bench-kernels bench-speed ## kernels by themselves, then beside the peers
 

@@ -4,6 +4,7 @@ The text between ``<!-- NAME begin -->`` and ``<!-- NAME end -->`` is replaced. 
 a document is out of date. Tables of what needs torch are left as they are where it is missing.
 """
 
+import json
 import re
 import sys
 from importlib.util import find_spec
@@ -13,7 +14,7 @@ import vqrs
 from vqrs import quantizers
 
 ROOT = Path(__file__).resolve().parent.parent
-DOCUMENTS = [ROOT / "README.md", ROOT / "docs" / "quantizers.md", ROOT / "docs" / "benchmark.md"]
+DOCUMENTS = [ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("quantizers", "benchmark", "reliability"))]
 
 
 def markdown(head: list[str], rows: list[list[str]]) -> str:
@@ -64,7 +65,21 @@ def models_table() -> str:
     return markdown(["model", "what it does"], [[f"`{name}`", model.about] for name, model in models().items()])
 
 
-TABLES = {"kinds": kinds_table, "parameters": parameters_table}
+def faults_table() -> str:
+    """One line a fault: how often it was injected by ``make faults``, and how often what was promised held."""
+    records = json.loads((ROOT / "benches" / "faults" / "results.json").read_text(encoding="utf-8"))
+    rows = []
+    for key in sorted(records, key=lambda key: (int(re.findall(r"\d+", key)[0]), key)):
+        record = records[key]
+        if "missing" in record:
+            held, note = "not injected", record["missing"]
+        else:
+            held, note = f"{record['held']:,} of {record['tried']:,}", record.get("note", "")
+        rows.append([key, record["fault"], record["holds"], held, note, record["date"]])
+    return markdown(["", "fault", "must hold", "held", "measured", "date"], rows)
+
+
+TABLES = {"kinds": kinds_table, "parameters": parameters_table, "faults": faults_table}
 if find_spec("torch") is not None:
     TABLES |= {"methods": methods_table, "models": models_table}
 

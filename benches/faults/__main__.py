@@ -30,7 +30,12 @@ def machine() -> str:
 
 def measure(fault: Fault, count: int, seed: int) -> dict:
     """Runs one fault; returns its record."""
-    record = {"count": count, "date": datetime.date.today().isoformat(), "machine": machine()}
+    record = {
+        "fault": fault.fault,
+        "holds": fault.holds,
+        "date": datetime.date.today().isoformat(),
+        "machine": machine(),
+    }
     reason = fault.needs()
     if reason:
         return {**record, "missing": reason}
