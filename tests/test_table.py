@@ -75,7 +75,7 @@ def test_ids_of_every_integer_type(small_table, decoded, dtype):
 
 
 def test_ids_that_an_int64_cannot_hold(small_table):
-    with pytest.raises(IndexError, match="18446744073709551615 is out of range for a table of 3000 rows"):
+    with pytest.raises(IndexError, match="18446744073709551615 at position 0 is out of range for a table of 3000 rows"):
         small_table[np.array([2**64 - 1], dtype=np.uint64)]
 
 
@@ -108,7 +108,7 @@ def test_torch_ids(small_table, decoded):
         (3000, IndexError, "3000.*out of range for a table of 3000 rows"),
         (-3001, IndexError, "-3001.*out of range"),
         ([0, 9999], IndexError, "9999 at position 1"),
-        (2**70, IndexError, "integers"),
+        (2**70, IndexError, "at position 0 is out of range.*integers"),
         ((1, 2), IndexError, r"table\[rows\]\[:, columns\]"),
         (None, IndexError, "None"),
         (True, IndexError, "mask"),
@@ -644,3 +644,72 @@ def test_a_pickle_does_not_take_another_table(tmp_path):
     vqrs.compress(2 * x + 1, method="scalar").save(path)
     with pytest.raises(vqrs.TableError, match="another table stands there now"):
         pickle.loads(text)
+
+
+# ---- ids that numpy has no integer type for ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("ids", "position"),
+    [
+        (np.ma.array([1, 2, 3], mask=[0, 1, 0]), 1),
+        ([0, 1.0, 2], 1),
+        ([0, 1, 2**70], 2),
+        ([0, -(10**5000)], 1),
+        (np.array([1, 2**63, 2**64 - 1], np.uint64), 1),
+        ([0, None], 1),
+        ([[0, 1], [2]], 1),
+        (["row 1", 2], 1),
+        (np.array([1, True], object), 1),
+        ((row for row in range(3)), 0),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+@pytest.mark.parametrize("read", ["lookup", "pool", "__getitem__"])
+def test_the_first_bad_position_is_named(small_table, ids, position, read):
+    with pytest.raises(IndexError, match=rf"position {position}\b"):
+        getattr(small_table, read)(ids)
+
+
+def test_names_in_arrays_of_objects(small_table, decoded):
+    assert np.array_equal(small_table[np.array(["row 1", "row 2"], object)], decoded[1:3])
+    with pytest.raises(KeyError, match="'x', at position 1"):
+        small_table[["row 1", "x"]]
+
+
+def test_masked_ids_without_a_mask_are_ids(small_table, decoded):
+    assert np.array_equal(small_table[np.ma.array([1, 2])], decoded[1:3])
+
+
+def test_numbers_beyond_64_bits_stand_for_all(small_table, decoded):
+    assert np.array_equal(small_table[:: 2**70], decoded[:1])
+    assert np.array_equal(small_table[:: -(2**70)], decoded[-1:])
+    assert small_table.search(decoded[:2], k=2**70)[1].shape == (2, 3000)
+    with pytest.raises(ValueError, match="k="):
+        small_table.search(decoded[:2], k=-(2**70))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"offsets": [0, 5, 3]}, "3 at position 2, after 5"),
+        ({"offsets": [0, 9]}, "9 at position 1"),
+        ({"offsets": [1]}, "1 at position 0"),
+        ({"offsets": [0, 1.5]}, "position 1 holds 1.5"),
+        ({"offsets": np.array([0, 2**63], np.uint64)}, "position 1"),
+        ({"weights": [1.0, 1.0, 1e300, 1, 1, 1, 1]}, r"1e\+300 at position 2"),
+    ],
+    ids=str,
+)
+def test_the_first_bad_offset_or_weight_is_named(small_table, arguments, words):
+    with pytest.raises(ValueError, match=words):
+        small_table.pool(np.arange(7), **arguments)
+
+
+def test_a_mapping_that_holds_itself_is_refused(small_rows):
+    endless: dict = {}
+    endless["a"] = endless
+    with pytest.raises(ValueError, match="64 deep"):
+        vqrs.compress(small_rows, method="scalar", metadata=endless)
+    with pytest.raises(ValueError, match="64 deep"):
+        vqrs.compress(small_rows, method="scalar", residual={"kind": "scalar", "parameters": endless})

@@ -71,7 +71,7 @@ def main() -> int:
             answer = f"not on this machine: {record['missing']}"
         else:
             answer = f"{record['held']:,} of {record['tried']:,} held, {record.get('seconds', 0)} s"
-            answer += f" ({record['note']})" * bool(record.get("note"))
+            answer += f" ({record.get('note')})" * bool(record.get("note"))
             lost |= bool(record["failures"]) or record["tried"] == 0
         print(f"{fault.key:14} {fault.fault}\n{'':14} {answer}", flush=True)
         for failure in record.get("failures", []):

@@ -5,8 +5,9 @@ Values, shapes and parameters are judged in Rust; here only containers, dtypes, 
 
 from __future__ import annotations
 
+import reprlib
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from numbers import Integral, Number
 from typing import Any, TypeAlias
 
@@ -200,6 +201,173 @@ def as_array(values: Any, name: str = "X") -> NDArray[Any]:
     if not np.can_cast(array.dtype, np.float32, "same_kind"):
         raise TypeError(f"{name} has dtype {array.dtype}, which is no real number.")
     return array
+
+
+def as_ids(ids: Any, n_rows: int) -> NDArray[Any]:
+    """Row numbers as the compiled module takes them, or names, in the shape that they were given.
+
+    Parameters
+    ----------
+    ids : int, str, or array-like of either
+        As in ``Table.lookup``. A mask becomes the numbers of its rows.
+    n_rows : int
+        Rows of the table.
+
+    Returns
+    -------
+    ndarray
+        C-contiguous int64 or int32, which may still be out of range; or an array of str, of dtype object.
+
+    Raises
+    ------
+    IndexError
+        Ids that are no array, masked, of another type, or beyond 64 bits; the message names the first bad position,
+        counted in the flattened ids.
+
+    Examples
+    --------
+    >>> from vqrs._validation import as_ids
+    >>> as_ids([3, -1], 5), as_ids([True, False, True], 3), as_ids("a", 5)
+    (array([ 3, -1]), array([0, 2]), array('a', dtype=object))
+    """
+    if isinstance(ids, bool):
+        raise IndexError(f"a table cannot be indexed by {ids}: pass a row number, or a mask of one bool a row")
+    array = _ids_to_array(ids)
+    kind = array.dtype.kind
+    if kind == "b":
+        if array.shape != (n_rows,):
+            raise IndexError(f"a boolean mask must have shape ({n_rows},), one bool a row, not {array.shape}")
+        return np.flatnonzero(array).astype(np.int64, copy=False)
+    if array.size == 0 and not isinstance(ids, np.ndarray):
+        array = array.astype(np.int64)  # numpy makes float64 of an empty list
+    elif kind not in "iu":
+        return _ids_one_by_one(ids, array, n_rows)
+    if array.dtype == np.uint64 and (beyond := array >= n_rows).any():
+        position = int(np.argmax(beyond))
+        raise _id_error(int(array.flat[position]), position, n_rows)
+    return np.require(array, array.dtype if array.dtype == np.int32 else np.int64, ("C", "A"))
+
+
+def _ids_to_array(ids: Any) -> NDArray[Any]:
+    if isinstance(ids, np.ma.MaskedArray) and np.ma.is_masked(ids):
+        position = np.flatnonzero(np.ma.getmaskarray(ids))[0]
+        raise IndexError(f"ids are masked at position {position}: a row that is not there cannot be looked up")
+    try:
+        return np.asarray(ids)
+    except (ValueError, OverflowError) as error:
+        if not isinstance(ids, (list, tuple)):
+            raise IndexError(f"ids of type {type(ids).__name__} are no array of row numbers: {error}") from error
+        raise IndexError(f"ids are ragged at position {_ragged_position(ids)}: {error}") from error
+
+
+def _ragged_position(ids: list[Any] | tuple[Any, ...]) -> int:
+    """The first element whose shape is not that of those before it."""
+    first: tuple[int, ...] | None = None
+    for position, element in enumerate(ids):
+        try:
+            shape = np.shape(element)
+        except (ValueError, OverflowError):
+            return position
+        if first not in (None, shape):
+            return position
+        first = shape
+    return 0
+
+
+def _ids_one_by_one(ids: Any, array: NDArray[Any], n_rows: int) -> NDArray[Any]:
+    """Ids that numpy has no integer type for: names, integers of any size, and what is neither."""
+    values = _elements(ids, array)
+    found: list[Any] = []
+    if array.size == 0 and array.dtype.kind not in "OTU":
+        raise IndexError(f"rows are looked up by integers, a boolean mask or names, not by {array.dtype}")
+    for position, value in enumerate(values):
+        if isinstance(value, str):
+            element: Any = value
+        elif isinstance(value, (bool, np.bool_)) or not hasattr(value, "__index__"):
+            raise IndexError(
+                f"rows are looked up by integers, a boolean mask or names, not by {array.dtype}: position {position} "
+                f"holds {reprlib.repr(value)}, a {type(value).__name__}"
+            )
+        else:
+            element = value.__index__()
+            if not -n_rows <= element < n_rows:
+                raise _id_error(element, position, n_rows)
+        if found and isinstance(element, str) is not isinstance(found[0], str):
+            raise IndexError(f"ids are row numbers or names, not both: position {position} holds {reprlib.repr(value)}")
+        found.append(element)
+    return np.array(found, object if found and isinstance(found[0], str) else np.int64).reshape(array.shape)
+
+
+def _elements(values: Any, array: NDArray[Any]) -> Iterator[Any]:
+    """The values as they were given: numpy makes a float of an integer that stands beside one."""
+    if isinstance(values, np.ndarray):
+        return map(_plain, array.flat)
+    return iter(np.asarray(values, dtype=object).flat)
+
+
+def _plain(value: Any) -> Any:
+    return value.item() if isinstance(value, np.generic) else value
+
+
+def _id_error(number: int, position: int, n_rows: int) -> IndexError:
+    shown = str(number) if number.bit_length() <= 1024 else f"of {number.bit_length()} bits"
+    return IndexError(
+        f"id {shown} at position {position} is out of range for a table of {n_rows} rows: ids are integers from "
+        f"{-n_rows} to {n_rows - 1}"
+    )
+
+
+def as_offsets(offsets: Any) -> NDArray[np.int64]:
+    """Where bags begin, C-contiguous; whether they rise is looked at in Rust.
+
+    Raises
+    ------
+    ValueError
+        Not integers in one dimension, masked, or beyond 64 bits; the message names the first bad position.
+    """
+    if isinstance(offsets, np.ma.MaskedArray) and np.ma.is_masked(offsets):
+        raise ValueError(f"offsets are masked at position {np.flatnonzero(np.ma.getmaskarray(offsets))[0]}")
+    array = np.asarray(offsets)
+    if array.ndim != 1:
+        raise ValueError(f"offsets must be integers in one dimension, not {array.dtype} of shape {array.shape}")
+    if array.size and array.dtype.kind not in "iu":
+        for position, value in enumerate(_elements(offsets, array)):
+            if isinstance(value, (bool, np.bool_)) or not hasattr(value, "__index__"):
+                raise ValueError(
+                    f"offsets must be integers in one dimension, not {array.dtype}: position {position} holds "
+                    f"{reprlib.repr(value)}"
+                )
+            if not 0 <= value.__index__() < 2**63:
+                raise ValueError(f"offsets has a number beyond the ids at position {position}")
+        array = np.array([value.__index__() for value in _elements(offsets, array)], np.int64)
+    if array.dtype == np.uint64 and (beyond := array > np.iinfo(np.int64).max).any():
+        position = int(np.argmax(beyond))
+        raise ValueError(f"offsets has {array[position]} at position {position}, which is beyond the ids")
+    return np.require(array, np.int64, ("C", "A"))
+
+
+def as_factors(weights: Any, shape: tuple[int, ...]) -> NDArray[np.float32]:
+    """One factor for each id of bags, flattened; as they are, NaN and infinity too.
+
+    Raises
+    ------
+    TypeError
+        Sparse input, or a dtype that is no real number.
+    ValueError
+        Another shape than that of the ids, or a finite value that float32 cannot hold.
+    """
+    factors = as_array(weights, "weights")
+    if factors.shape != shape:
+        raise ValueError(f"weights have shape {factors.shape}, expected {shape}, that of the ids")
+    try:
+        with np.errstate(over="raise"):
+            return np.require(factors.reshape(-1), np.float32, ("C", "A"))
+    except FloatingPointError:
+        beyond = np.isfinite(factors) & (np.abs(factors) > np.finfo(np.float32).max)
+        position = int(np.argmax(beyond))
+        raise ValueError(
+            f"weights has {factors.flat[position]} at position {position}, which is out of the range of float32"
+        ) from None
 
 
 def is_frame(values: Any) -> bool:

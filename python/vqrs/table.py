@@ -14,7 +14,7 @@ from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from vqrs import _core
 from vqrs._bytes import format_bytes
-from vqrs._validation import as_array, as_jobs, as_matrix
+from vqrs._validation import as_array, as_factors, as_ids, as_jobs, as_matrix, as_offsets
 from vqrs.metrics import above_bound_db
 
 __all__ = ["Table", "open"]
@@ -232,10 +232,14 @@ class Table:
     def __getitem__(self, rows: Any) -> NDArray[np.float32]:
         """Rows by number, slice, boolean mask, array of numbers of any shape, name or list of names.
 
+        As numpy does, but for: one index alone (no columns, no None), masks of one bool a row alone, no masked ids;
+        and integers in arrays of objects are taken.
+
         Raises
         ------
         IndexError
-            A row that is not there, more than one index, or an index of another type.
+            A row that is not there, more than one index, or an index of another type; of several ids the message names
+            the first bad position.
         KeyError
             A name that no row has.
         """
@@ -252,9 +256,11 @@ class Table:
         return self.lookup(rows)
 
     def _rows_of_slice(self, rows: slice) -> NDArray[np.float32]:
-        start, stop, step = rows.indices(len(self))
+        n_rows = len(self)
+        start, stop, step = rows.indices(n_rows)
         if step == 1:
             return self.decode(start, max(start, stop))
+        step = max(-n_rows - 1, min(step, n_rows + 1))  # no longer one takes other rows
         return self.lookup(np.arange(start, stop, step, dtype=np.int64))
 
     def lookup(
@@ -285,7 +291,8 @@ class Table:
         Raises
         ------
         IndexError
-            A row that is not there; ids that are not integers.
+            A row that is not there; ids that are not integers. The message names the first bad position, counted in
+            the flattened ids.
         KeyError
             A name that no row has.
         MemoryError
@@ -420,7 +427,7 @@ class Table:
         starts = _bag_starts(numbers, offsets, include_last_offset)
         name = None if dtype is None else _float_name(dtype)
         array, name = _output(out, name)
-        factors = None if weights is None else _pool_weights(weights, numbers.shape)
+        factors = None if weights is None else as_factors(weights, numbers.shape)
         pooled = self._core.pool(numbers, starts, factors, mode, array, as_jobs(n_jobs), name)
         if out is not None:
             return out
@@ -465,30 +472,23 @@ class Table:
         array = as_array(queries, "queries")
         single = array.ndim == 1
         rows = as_matrix(array[None] if single else array, "queries")
-        distances, ids = self._core.search(rows, operator.index(k), metric, as_jobs(n_jobs))
+        most = max(-1, min(operator.index(k), max(1, len(self))))
+        distances, ids = self._core.search(rows, most, metric, as_jobs(n_jobs))
         return (distances[0], ids[0]) if single else (distances, ids)
 
-    def _row_numbers(self, ids: Any) -> NDArray[np.int64] | NDArray[np.int32]:
+    def _row_numbers(self, ids: Any) -> NDArray[Any]:
         """Row numbers as the compiled module takes them, in the shape that they were given."""
-        if isinstance(ids, bool):
-            raise IndexError(f"a table cannot be indexed by {ids}: pass a row number, or a mask of one bool a row")
-        array = np.asarray(ids)
-        if array.dtype.kind in "US":
-            return np.array([self._row_of_name(name) for name in array.ravel().tolist()], np.int64).reshape(array.shape)
-        if array.dtype.kind == "b":
-            return _rows_of_mask(array, len(self))
-        if array.size == 0 and not isinstance(ids, np.ndarray):
-            array = array.astype(np.int64)  # numpy makes float64 of an empty list
-        if array.dtype.kind not in "iu":
-            raise IndexError(f"rows are looked up by integers, a boolean mask or names, not by {array.dtype}")
-        if array.dtype == np.uint64 and array.size and array.max() >= len(self):
-            raise IndexError(f"id {array.max()} is out of range for a table of {len(self)} rows")
-        return np.require(array, array.dtype if array.dtype == np.int32 else np.int64, ("C", "A"))
+        array = as_ids(ids, len(self))
+        if array.dtype.kind != "O":
+            return array
+        numbers = [self._row_of_name(name, position) for position, name in enumerate(array.flat)]
+        return np.array(numbers, np.int64).reshape(array.shape)
 
-    def _row_of_name(self, name: str) -> int:
+    def _row_of_name(self, name: str, position: int) -> int:
         row = self._core.find(name)
         if row is None:
-            raise KeyError(f"no row is named {name!r}" if self._core.names() else "the table's rows have no names")
+            why = f"no row is named {name!r}" if self._core.names() else "the table's rows have no names"
+            raise KeyError(f"{why}, at position {position}")
         return row
 
     # ---- keeping ---------------------------------------------------------------------------------------------------
@@ -569,12 +569,6 @@ def _from_parts(
     return Table(core)
 
 
-def _rows_of_mask(mask: NDArray[np.bool_], n_rows: int) -> NDArray[np.int64]:
-    if mask.shape != (n_rows,):
-        raise IndexError(f"a boolean mask must have shape ({n_rows},), one bool a row, not {mask.shape}")
-    return np.flatnonzero(mask).astype(np.int64, copy=False)
-
-
 def _float_name(dtype: DTypeLike) -> str:
     """The name of a type that rows can have."""
     name = dtype if isinstance(dtype, str) else np.dtype(dtype).name
@@ -612,25 +606,9 @@ def _bag_starts(ids: NDArray[Any], offsets: ArrayLike | None, include_last_offse
         return np.arange(ids.shape[0], dtype=np.int64) * ids.shape[1]
     if ids.ndim != 1:
         raise ValueError(f"ids to pool must have one or two dimensions, not {ids.ndim}")
-    starts = np.zeros(1, np.int64) if offsets is None else _offsets(offsets)
+    starts = np.zeros(1, np.int64) if offsets is None else as_offsets(offsets)
     if not include_last_offset or offsets is None:
         return starts
     if len(starts) == 0 or starts[-1] != len(ids):
         raise ValueError(f"with include_last_offset the last offset must be {len(ids)}, the number of ids")
     return starts[:-1]
-
-
-def _offsets(offsets: ArrayLike) -> NDArray[np.int64]:
-    array = np.asarray(offsets)
-    if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
-        raise ValueError(f"offsets must be integers in one dimension, not {array.dtype} of shape {array.shape}")
-    if array.dtype == np.uint64 and array.size and array.max() > np.iinfo(np.int64).max:
-        raise ValueError(f"offsets has {array.max()}, which is beyond the ids")
-    return np.ascontiguousarray(array, dtype=np.int64)
-
-
-def _pool_weights(weights: ArrayLike, shape: tuple[int, ...]) -> NDArray[np.float32]:
-    factors = as_array(weights, "weights")
-    if factors.shape != shape:
-        raise ValueError(f"weights have shape {factors.shape}, expected {shape}, that of the ids")
-    return np.ascontiguousarray(factors.reshape(-1), dtype=np.float32)

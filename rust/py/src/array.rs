@@ -30,7 +30,7 @@ pub fn matrix<'a>(x: &'a PyReadonlyArray2<'_, f32>) -> PyResult<Matrix<'a>> {
 
 /// A new (rows, columns) array from values.
 pub fn rows<'py, T: Element>(py: Python<'py>, values: Vec<T>, columns: usize) -> PyResult<Bound<'py, PyArray2<T>>> {
-    let count = values.len() / columns;
+    let count = values.len().checked_div(columns).unwrap_or(0);
     PyArray1::from_vec(py, values).reshape([count, columns])
 }
 
@@ -109,17 +109,27 @@ pub fn tensors_from(dict: &Bound<'_, PyDict>) -> PyResult<Vec<Tensor>> {
     Ok(tensors)
 }
 
+/// Mappings inside mappings that are followed: far more than parameters have. One may hold itself.
+const DEEPEST: usize = 64;
+
 /// A JSON object from a mapping of plain values.
 pub fn to_json(mapping: &Bound<'_, PyAny>) -> PyResult<Map<String, Value>> {
+    object_of(mapping, DEEPEST)
+}
+
+fn object_of(mapping: &Bound<'_, PyAny>, deepest: usize) -> PyResult<Map<String, Value>> {
+    let deepest = deepest
+        .checked_sub(1)
+        .ok_or_else(|| PyValueError::new_err(format!("mappings stand inside each other more than {DEEPEST} deep")))?;
     let mut object = Map::new();
     for pair in mapping.call_method0("items")?.try_iter()? {
         let (name, value): (String, Bound<'_, PyAny>) = pair?.extract()?;
-        object.insert(name.clone(), to_value(&name, &value)?);
+        object.insert(name.clone(), to_value(&name, &value, deepest)?);
     }
     Ok(object)
 }
 
-fn to_value(name: &str, value: &Bound<'_, PyAny>) -> PyResult<Value> {
+fn to_value(name: &str, value: &Bound<'_, PyAny>, deepest: usize) -> PyResult<Value> {
     // NumPy's numbers become Python's own.
     let value = match value.hasattr("item")? {
         true => value.call_method0("item")?,
@@ -136,7 +146,7 @@ fn to_value(name: &str, value: &Bound<'_, PyAny>) -> PyResult<Value> {
     } else if let Ok(text) = value.extract::<String>() {
         Ok(text.into())
     } else if value.hasattr("items")? {
-        Ok(Value::Object(to_json(&value)?))
+        Ok(Value::Object(object_of(&value, deepest)?))
     } else {
         let found = value.get_type().name()?.to_string();
         Err(PyTypeError::new_err(format!("{name} is of type {found}, expected a number, a string or a bool")))
@@ -157,8 +167,12 @@ pub enum Ids<'py> {
 }
 
 impl<'py> Ids<'py> {
-    /// `None` for anything but a C-contiguous, aligned array of int32 or int64 in the machine's byte order.
+    /// `None` for anything but a C-contiguous, aligned array of int32 or int64 in the machine's byte order; also for
+    /// arrays of a class of their own, which may mean more than their values, such as masked ones.
     pub fn new(ids: &Bound<'py, PyAny>) -> PyResult<Option<Self>> {
+        if !ids.is_exact_instance_of::<PyUntypedArray>() {
+            return Ok(None);
+        }
         if let Ok(array) = ids.cast::<PyArrayDyn<i64>>() {
             return Ok(plain(array).then(|| array.try_readonly()).transpose()?.map(Ids::I64));
         }

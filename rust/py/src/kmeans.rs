@@ -74,7 +74,7 @@ pub fn kmeans_fit<'py>(
     let kmeans =
         KMeans { n_clusters, max_iter, tol, n_init, init, metric: metric_of(metric)?, batch_size, max_samples };
     let ctx = Context::new(n_jobs, seed);
-    ctx.stage("k-means", (max_iter * n_init) as u64);
+    ctx.stage("k-means", max_iter.saturating_mul(n_init) as u64);
     let found = long(py, &ctx, progress.as_ref(), || {
         let sample = Sample::new(x, weights)?;
         kmeans.fit(sample.rows.into(), sample.weights, &ctx)

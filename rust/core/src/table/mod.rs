@@ -535,15 +535,16 @@ pub fn layout(decoder: &Decoder, about: &About, extra: &[Tensor]) -> Layout {
 fn bag_borders(offsets: &[i64], ids: usize) -> Result<Vec<i64>> {
     let wrong = |found: String| Error::shape("offsets", found, format!("numbers from 0, not falling, at most {ids}"));
     if offsets.first().is_some_and(|first| *first != 0) {
-        return Err(wrong(format!("{} first", offsets[0])));
+        return Err(wrong(format!("{} at position 0", offsets[0])));
     }
     if offsets.is_empty() && ids > 0 {
         return Err(wrong("no numbers".into()));
     }
     let borders = [offsets, &[ids as i64]].concat();
-    match borders.windows(2).find(|pair| pair[1] < pair[0]) {
-        Some(pair) if !offsets.is_empty() => Err(wrong(format!("{} after {}", pair[1], pair[0]))),
-        _ => Ok(borders),
+    match borders.windows(2).position(|pair| pair[1] < pair[0]).filter(|_| !offsets.is_empty()) {
+        Some(last) if last + 1 == offsets.len() => Err(wrong(format!("{} at position {last}", borders[last]))),
+        Some(at) => Err(wrong(format!("{} at position {}, after {}", borders[at + 1], at + 1, borders[at]))),
+        None => Ok(borders),
     }
 }
 
