@@ -985,6 +985,8 @@ def _refuse_unsupported(max_norm: float | None, scale_grad_by_freq: bool) -> Non
 
 def _as_tensor(array: NDArray[Any]) -> Tensor:
     """The same memory as a tensor; numpy has no bfloat16, which stands as uint16 there."""
+    if array.size == 0:  # at the address of what follows in the file, which torch.save takes for the same storage
+        array = array.copy()
     if array.dtype == np.uint16:
         return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
     return torch.from_numpy(array)

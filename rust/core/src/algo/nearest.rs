@@ -659,6 +659,7 @@ mod tests {
 
     #[test]
     fn results_depend_on_the_row_alone() {
+        let _fence = kernels::fence::Fence::new();
         let rng = &mut Rng::new(5);
         for width in [1, 2, 4, 5, 8, 19] {
             let (rows, count) = (5000, 50);
@@ -687,6 +688,7 @@ mod tests {
 
     #[test]
     fn a_first_pass_in_bfloat16_changes_nothing() {
+        let _fence = kernels::fence::Fence::new();
         // Enough centres for it; normal values, few values full of ties, repeated centres, a far offset, all sizes.
         let (rows, width, count) = (150, 129, 800);
         for (step, size) in [1.0f32, 1.0, 1.0, 1.0, 1e-38, 1e-22, 1e14, 1e18].into_iter().enumerate() {
@@ -712,6 +714,7 @@ mod tests {
 
     #[test]
     fn near_ties_are_decided_as_in_double() {
+        let _fence = kernels::fence::Fence::new();
         // Few and enough values for a first pass in bfloat16. Rows lie between two centres, up to rounding, and some of
         // these are repeated; then all is far from the origin; then centres are close together, seen from the rows.
         for (seed, (width, count)) in [(5, 40), (64, 800), (129, 800), (384, 300)].into_iter().enumerate() {
@@ -744,6 +747,7 @@ mod tests {
 
     #[test]
     fn scores_are_within_their_bound() {
+        let _fence = kernels::fence::Fence::new();
         let rng = &mut Rng::new(8);
         for (rows, width, count) in [(200, 2, 256), (130, 17, 40), (64, 40, 2)] {
             let (x, centers) = (normal(rng, rows * width), normal(rng, count * width));

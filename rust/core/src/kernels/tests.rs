@@ -1,5 +1,6 @@
-//! Every path against the scalar one, bit by bit.
+//! Every path against the scalar one, bit by bit, in memory that ends where slices end.
 
+use super::fence::Fence;
 use super::*;
 use crate::rng::Rng;
 use proptest::prelude::*;
@@ -102,21 +103,32 @@ fn lookups(
     for kernels in available() {
         for (ids, stream) in [(Ids::I64(&wide), false), (Ids::I32(&narrow), true)] {
             for shift in [0, 1, 8] {
-                let mut out = vec![f32::NAN; n * dim + 32];
-                let aligned = out.as_ptr().align_offset(64) + shift;
-                let out = &mut out[aligned.min(32)..][..n * dim];
+                let mut room = vec![f32::NAN; n * dim + 32];
+                let place = (room.as_ptr().align_offset(64) + shift).min(32);
+                let out = &mut room[place..][..n * dim];
                 out.copy_from_slice(&before);
                 lookup(kernels, &task(ids, start..n, stream), Output::F32(&mut out[start * dim..]));
                 lookup(kernels, &task(ids, 0..start, stream), Output::F32(&mut out[..start * dim]));
                 same(out, &expected)?;
-                let mut halves = vec![0; n * dim + 64];
-                let aligned = halves.as_ptr().align_offset(64) + shift;
-                let halves = &mut halves[aligned.min(64)..][..n * dim];
+                prop_assert!(room[..place].iter().chain(&room[place + n * dim..]).all(|v| v.is_nan()));
+                let mut room = vec![7; n * dim + 64];
+                let place = (room.as_ptr().align_offset(64) + shift).min(64);
+                let halves = &mut room[place..][..n * dim];
                 lookup(kernels, &task(ids, 0..n, stream), Output::F16(halves));
                 prop_assert!(halves.iter().zip(&expected).all(|(got, v)| *got == half::f16::from_f32(*v).to_bits()));
                 lookup(kernels, &task(ids, 0..n, stream), Output::Bf16(halves));
                 prop_assert!(halves.iter().zip(&expected).all(|(got, v)| *got == half::bf16::from_f32(*v).to_bits()));
+                prop_assert!(room[..place].iter().chain(&room[place + n * dim..]).all(|v| *v == 7));
             }
+            // Nothing behind the last row.
+            let mut out = before.clone();
+            lookup(kernels, &task(ids, 0..n, stream), Output::F32(&mut out));
+            same(&out, &expected)?;
+            let (mut f16, mut bf16) = (vec![0; n * dim], vec![0; n * dim]);
+            lookup(kernels, &task(ids, 0..n, stream), Output::F16(&mut f16));
+            lookup(kernels, &task(ids, 0..n, stream), Output::Bf16(&mut bf16));
+            prop_assert!(f16.iter().zip(&expected).all(|(got, v)| *got == half::f16::from_f32(*v).to_bits()));
+            prop_assert!(bf16.iter().zip(&expected).all(|(got, v)| *got == half::bf16::from_f32(*v).to_bits()));
         }
         for (weights, max) in [(None, false), (Some(&weights[..]), false), (None, true)] {
             for resume in [false, true] {
@@ -182,7 +194,7 @@ fn levels_of(
         .iter()
         .flat_map(|v| half::f16::from_f32(*v).to_bits().to_le_bytes())
         .collect();
-    let codes = &halves[..rows * row_bytes];
+    let codes = &halves[..rows * row_bytes].to_vec(); // nothing behind the last one
     let view = LevelsView { dim, row_bytes, level, meaning, scales };
     let lookup = |kernels: &Kernels, rows: &Rows, out: Output| (kernels.lookup_levels)(&view, rows, out);
     lookups(codes, rows, dim, n, rng, lookup, |kernels, bags, out| (kernels.pool_levels)(&view, bags, out))
@@ -194,7 +206,7 @@ proptest! {
     #[test]
     fn books(seed: u64, layout in 0usize..4, kind in 0usize..4, count in 1usize..10, width in 1usize..40,
              power: bool, bits in prop::sample::select(vec![1u32, 3, 4, 7, 8, 9, 12]), spare in 0usize..3, n in 0usize..70) {
-        let rng = &mut Rng::new(seed);
+        let (_fence, rng) = (Fence::new(), &mut Rng::new(seed));
         let width = if power { width.next_power_of_two() } else { width };
         let (places, dim) = places(layout, count, width, rng);
         let stored: Vec<Stored> = places.iter()
@@ -220,7 +232,7 @@ proptest! {
     #[test]
     fn levels(seed: u64, dim in 1usize..150, symmetric: bool, form in 0usize..4, block in 1usize..70, spare in 0usize..3,
               level in prop::sample::select(vec![Level::F16, Level::Bf16, Level::U8, Level::U4, Level::U2]), n in 0usize..70) {
-        let rng = &mut Rng::new(seed);
+        let (_fence, rng) = (Fence::new(), &mut Rng::new(seed));
         let (dim, block) = if form == 3 { (dim.next_multiple_of(32), block.next_multiple_of(16)) } else { (dim, block) };
         levels_of(dim, symmetric, form, block, spare, level, Meaning::Number, n, rng)?;
     }
@@ -228,7 +240,7 @@ proptest! {
     #[test]
     fn levels_of_any_width(seed: u64, dim in 1usize..150, bits in 1u32..9, form in 0usize..4, block in 1usize..70,
                            narrow: bool, spare in 0usize..3, meaning in 0usize..4, n in 0usize..70) {
-        let rng = &mut Rng::new(seed);
+        let (_fence, rng) = (Fence::new(), &mut Rng::new(seed));
         let (dim, block) = if form == 3 { (dim.next_multiple_of(32), block.next_multiple_of(16)) } else { (dim, block) };
         let table = floats(rng, TABLE_ENTRIES.max(1 << bits));
         let meaning = match meaning {
@@ -242,7 +254,7 @@ proptest! {
     #[test]
     fn tiles(seed: u64, rows in 1usize..68, width in 1usize..40, count in 1usize..68, gap in 0usize..5,
              size in prop::sample::select(vec![1.0f32, 1e-18, 1e-21, 1e-38, 1e12])) {
-        let rng = &mut Rng::new(seed);
+        let (_fence, rng) = (Fence::new(), &mut Rng::new(seed));
         let (stride, shift) = (width + gap, floats(rng, width));
         let (mut x, mut centers) = (floats(rng, rows * stride), floats(rng, count * width));
         let mut shift = shift;
@@ -324,7 +336,7 @@ proptest! {
     #[test]
     fn extensions(seed: u64, rows in 0usize..10, count in 1usize..24, entries in 1usize..150, stage in 0usize..4,
                   wanted in 1usize..100, coarse: bool, with_tables: bool, spoiled: bool) {
-        let rng = &mut Rng::new(seed);
+        let (_fence, rng) = (Fence::new(), &mut Rng::new(seed));
         let mut numbers = |count: usize| -> Vec<f32> {
             let mut values = floats(rng, count + BEAM_PADDING);
             if coarse {
@@ -369,7 +381,7 @@ proptest! {
     #[test]
     fn descents(seed: u64, rows in 0usize..7, books in 1usize..7, entries in 1usize..150, sweeps in 0usize..5,
                 kicks in 0usize..6, coarse: bool) {
-        let rng = &mut Rng::new(seed);
+        let (_fence, rng) = (Fence::new(), &mut Rng::new(seed));
         let mut numbers = |count: usize| -> Vec<f32> {
             let mut values = floats(rng, count + BEAM_PADDING);
             if coarse {
@@ -407,6 +419,7 @@ proptest! {
 
 #[test]
 fn pairs() {
+    let _fence = Fence::new();
     for n in 0..=67 {
         let rng = &mut Rng::new(n as u64);
         let (x, start) = (floats(rng, n), floats(rng, n));
@@ -423,6 +436,7 @@ fn pairs() {
 
 #[test]
 fn rounding() {
+    let _fence = Fence::new();
     // Every pattern of the upper half with lower halves around the ties of both types, denormals included.
     let lower = [0u32, 1, 0x0fff, 0x1000, 0x1001, 0x3000, 0x7fff, 0x8000, 0x8001, 0xffff];
     for low in lower {
@@ -441,6 +455,7 @@ fn rounding() {
 
 #[test]
 fn grids() {
+    let _fence = Fence::new();
     for n in 0..=67 {
         let rng = &mut Rng::new(n as u64);
         let (values, lows) = (floats(rng, n), floats(rng, n));
@@ -466,6 +481,7 @@ fn grids() {
 
 #[test]
 fn walsh_hadamard() {
+    let _fence = Fence::new();
     for size in (0..12).map(|k| 1usize << k) {
         let values = floats(&mut Rng::new(size as u64), size);
         let mut expected = values.clone();
@@ -485,6 +501,7 @@ fn walsh_hadamard() {
 
 #[test]
 fn packing_transposes() {
+    let _fence = Fence::new();
     for kernels in available() {
         let (rows, width, stride) = (kernels.panel_rows + 3, 11, 13);
         let x: Vec<f32> = (0..rows * stride).map(|i| i as f32).collect();
@@ -538,6 +555,7 @@ fn an_id_outside_is_refused() {
 
 #[test]
 fn carries_find_full_exponents() {
+    let _fence = Fence::new();
     for kernels in available() {
         for size in 0..70 {
             let words = vec![0x7bff_fbff_u32; size];
@@ -561,6 +579,7 @@ fn carries_find_full_exponents() {
 /// Scores of 0 and -0 before a lower one: which of them is the second one must not depend on the width of vectors.
 #[test]
 fn zeros_of_both_signs_are_one_score() {
+    let _fence = Fence::new();
     let mut seen: Option<Vec<u32>> = None;
     for kernels in available() {
         let total = 3usize.next_multiple_of(kernels.block_centers);

@@ -1,4 +1,5 @@
 use super::*;
+use crate::kernels::fence::Fence;
 use crate::kernels::{Ids, Kernels, Rows, TrellisView};
 use crate::rng::Rng;
 use proptest::prelude::*;
@@ -137,7 +138,7 @@ proptest! {
     #[test]
     fn every_path_gives_the_same_bits(seed: u64, state_bits in 1u32..11, column_bits in prop::collection::vec(0u8..9, 1..40), rows in 1usize..6,
                scale_bits in 0u32..9, n in 0usize..100, spare in 0usize..3, fixed: bool, coarse: bool) {
-        let rng = &mut Rng::new(seed);
+        let (_fence, rng) = (Fence::new(), &mut Rng::new(seed));
         let column_bits: Vec<u8> = column_bits.iter().map(|bits| (*bits).min(state_bits as u8)).collect();
         let layout = Layout::new(&column_bits, state_bits);
         prop_assume!(layout.bits >= state_bits);
