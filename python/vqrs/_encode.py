@@ -116,8 +116,9 @@ def _stream(
 ) -> None:
     weights = None if sample_weight is None else np.asarray(sample_weight, dtype=np.float64)
     sample = RowSample(codec.dim)
-    writer = _core.TableWriter(path, codec, names=names, metadata=metadata, durable=durable)
+    writer = None
     try:
+        writer = _core.TableWriter(path, codec, names=names, metadata=metadata, durable=durable)
         for block in _blocks(X, codec.dim):
             of_block = None if weights is None else weights[sample.n_seen : sample.n_seen + len(block)]
             writer.write(block, sample_weight=as_weights(of_block, len(block)), n_jobs=n_jobs, progress=progress)
@@ -125,7 +126,8 @@ def _stream(
         as_weights(weights, sample.n_seen)
         writer.finish(sample.gaussian_bound(codec))
     except BaseException:
-        writer.abort()
+        if writer is not None:
+            writer.abort()
         raise
 
 

@@ -98,6 +98,16 @@ pub enum Error {
         /// The system's error.
         source: std::io::Error,
     },
+    /// The operating system refused, and there is more to say.
+    #[error("{}: {source}: {why}", path.display())]
+    System {
+        /// The file.
+        path: PathBuf,
+        /// The system's error.
+        source: std::io::Error,
+        /// What it means, or what to do.
+        why: &'static str,
+    },
     /// The table was closed.
     #[error("the table is closed: open it again with vqrs.open")]
     Closed,
@@ -141,6 +151,11 @@ impl Error {
     /// An operating system error on a file.
     pub fn io(path: impl Into<PathBuf>, source: std::io::Error) -> Self {
         Error::Io { path: path.into(), source }
+    }
+
+    /// An operating system error on a file, with what it means or what to do.
+    pub fn system(path: impl Into<PathBuf>, source: std::io::Error, why: &'static str) -> Self {
+        Error::System { path: path.into(), source, why }
     }
 }
 

@@ -2,7 +2,8 @@
 
 use pyo3::exceptions::{PyIndexError, PyKeyboardInterrupt, PyMemoryError, PyOSError, PyRuntimeError, PyValueError};
 use pyo3::prelude::*;
-use std::io::ErrorKind;
+use std::io::{self, ErrorKind};
+use std::path::Path;
 use vqrs_core::Error;
 
 pyo3::create_exception!(vqrs, TableError, PyValueError, "A table file cannot be used.");
@@ -18,18 +19,8 @@ pub fn to_py(error: Error) -> PyErr {
         Error::Id { .. } => PyIndexError::new_err(text),
         Error::Corrupt { .. } => TableCorruptError::new_err(text),
         Error::Version { .. } => TableVersionError::new_err(text),
-        // Python picks FileNotFoundError and its kin by the number, which wrapped errors have lost.
-        Error::Io { path, source } => {
-            let (number, reason) = match (source.raw_os_error(), source.kind()) {
-                (_, ErrorKind::NotFound) => (2, "No such file or directory".to_owned()),
-                (_, ErrorKind::IsADirectory) => (21, "Is a directory".to_owned()),
-                (_, ErrorKind::PermissionDenied) => (13, "Permission denied".to_owned()),
-                (Some(number), _) => (number, source.to_string()),
-                (None, _) => return PyOSError::new_err(text),
-            };
-            let reason = reason.split(" (os error").next().unwrap_or_default().to_owned();
-            PyOSError::new_err((number, reason, path.display().to_string()))
-        }
+        Error::Io { path, source } => os_error(&path, &source, ""),
+        Error::System { path, source, why } => os_error(&path, &source, why),
         Error::Interrupted => PyKeyboardInterrupt::new_err(text),
         Error::Parameter { .. }
         | Error::UnknownKind { .. }
@@ -38,4 +29,20 @@ pub fn to_py(error: Error) -> PyErr {
         | Error::OutOfRange { .. }
         | Error::Closed => PyValueError::new_err(text),
     }
+}
+
+/// Python picks FileNotFoundError and its kin by the number, which errors of our own do not have, and which is another
+/// one on Windows.
+fn os_error(path: &Path, source: &io::Error, why: &str) -> PyErr {
+    let (number, reason) = match (source.raw_os_error().filter(|_| cfg!(unix)), source.kind()) {
+        (Some(number), _) => (number, source.to_string()),
+        (_, ErrorKind::NotFound) => (2, "No such file or directory".to_owned()),
+        (_, ErrorKind::PermissionDenied) => (13, "Permission denied".to_owned()),
+        (_, ErrorKind::IsADirectory) => (21, "Is a directory".to_owned()),
+        (_, ErrorKind::StorageFull) => (28, "No space left on device".to_owned()),
+        _ => return PyOSError::new_err(format!("{}: {source}", path.display())),
+    };
+    let reason = reason.split(" (os error").next().unwrap_or_default();
+    let reason = [reason, why].join(if why.is_empty() { "" } else { ": " });
+    PyOSError::new_err((number, reason, path.as_os_str().to_owned()))
 }

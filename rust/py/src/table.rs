@@ -11,6 +11,7 @@ use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyString};
 use serde_json::{Map, Value};
 use std::collections::BTreeMap;
+use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use vqrs_core::decoder::{Decoder, Metric, Segments};
@@ -271,8 +272,8 @@ impl Table {
     }
 
     #[getter]
-    fn path(&self) -> PyResult<Option<String>> {
-        Ok(self.get()?.file().map(|file| file.path().display().to_string()))
+    fn path(&self) -> PyResult<Option<OsString>> {
+        Ok(self.get()?.file().map(|file| file.path().as_os_str().to_owned()))
     }
 
     #[getter]

@@ -38,10 +38,8 @@ impl Mapping {
     pub fn open(path: &Path, mode: Mode) -> Result<Self> {
         let (mut file, len) = open(path)?;
         if mode == Mode::Mmap {
-            let mapping = Self::mapped(&file, len).map_err(|e| {
-                let why = format!("cannot be mapped ({e}): open it with mode=\"read\"");
-                Error::io(path, io::Error::new(e.kind(), why))
-            })?;
+            let mapping = retried(|| Self::mapped(&file, len));
+            let mapping = mapping.map_err(|e| Error::system(path, e, "it cannot be mapped: use mode=\"read\""))?;
             if let Some(mapping) = mapping {
                 return Ok(mapping);
             }
@@ -76,7 +74,7 @@ impl Mapping {
                 Err(e) => return Err(Error::io(path, e)),
             }
         }
-        match file.read(&mut [0]).map_err(|e| Error::io(path, e))? {
+        match retried(|| file.read(&mut [0])).map_err(|e| Error::io(path, e))? {
             0 => Ok(Mapping { guard: None, map, mapped: false }),
             more => Err(changed(path, len + more, len)),
         }
@@ -105,7 +103,7 @@ impl Bytes for Mapping {
 fn open(path: &Path) -> Result<(File, usize)> {
     let io = |e| Error::io(path, e);
     // Asked by path first: opening a pipe would wait for its writer.
-    let about = std::fs::metadata(path).map_err(io)?;
+    let about = retried(|| std::fs::metadata(path)).map_err(io)?;
     if about.is_dir() {
         return Err(io(std::io::ErrorKind::IsADirectory.into()));
     }
@@ -113,7 +111,7 @@ fn open(path: &Path) -> Result<(File, usize)> {
         return Err(Error::corrupt(path, "is not a regular file, so it cannot be a vqrs table"));
     }
     let file = File::open(path).map_err(io)?;
-    let len = file.metadata().map_err(io)?.len();
+    let len = retried(|| file.metadata()).map_err(io)?.len();
     if len == 0 {
         return Err(Error::corrupt(path, "is empty, so it is not a vqrs table"));
     }
@@ -122,6 +120,34 @@ fn open(path: &Path) -> Result<(File, usize)> {
         Ok(len) => Ok((file, len as usize)),
         Err(_) => Err(Error::corrupt(path, format!("has {len} bytes, more than this system can address"))),
     }
+}
+
+/// Repeats a call that a signal interrupted.
+pub fn retried<T>(mut call: impl FnMut() -> io::Result<T>) -> io::Result<T> {
+    loop {
+        match call() {
+            Err(e) if e.kind() == io::ErrorKind::Interrupted => (),
+            done => return done,
+        }
+    }
+}
+
+/// Closes a file and says what only closing tells: on network filesystems, that its last writes were lost.
+pub fn close(file: File) -> io::Result<()> {
+    #[cfg(unix)]
+    {
+        let descriptor = std::os::fd::IntoRawFd::into_raw_fd(file);
+        // SAFETY: the descriptor was this file's alone, and nothing uses it afterwards.
+        let closed = unsafe { libc::close(descriptor) } == 0;
+        let error = io::Error::last_os_error();
+        // Linux has closed it also when a signal came.
+        if !closed && error.kind() != io::ErrorKind::Interrupted {
+            return Err(error);
+        }
+    }
+    #[cfg(not(unix))]
+    drop(file);
+    Ok(())
 }
 
 fn changed(path: &Path, found: usize, expected: usize) -> Error {
