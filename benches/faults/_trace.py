@@ -73,9 +73,11 @@ class Failure:
 
     errno: int = 0
     """Number of the error; 0: a write of fewer bytes than asked for."""
+    lasting: bool = False
+    """All later calls fail like it."""
 
     def __str__(self) -> str:
-        return os.strerror(self.errno) if self.errno else "short write"
+        return (os.strerror(self.errno) if self.errno else "short write") + " from here on" * self.lasting
 
 
 def _ptrace(request: int, pid: int, address: int = 0, data: object = 0) -> None:

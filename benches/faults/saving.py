@@ -99,7 +99,13 @@ def attempt(save: Save, path: Path, old: bytes | None, new: bytes) -> dict:
 
 def attempt_with(save: Save, folder: Path, old: bytes | None, new: bytes, at: int, failure: Failure) -> tuple:
     path = prepare(folder, old)
-    return trace(lambda: attempt(save, path, old, new), lambda number, call: failure if number == at else None)
+
+    def fail(number: int, call: Call) -> Failure | None:
+        # The system closes a file also where that fails.
+        later = failure.lasting and number > at >= 0 and call.name != "close"
+        return failure if number == at or later else None
+
+    return trace(lambda: attempt(save, path, old, new), fail)
 
 
 def fitting(call: Call) -> list[Failure]:
@@ -110,7 +116,8 @@ def fitting(call: Call) -> list[Failure]:
     if call.name in ("open", "openat", "fcntl", "dup"):
         numbers.append(errno.EMFILE)
     short = call.name in WRITES and call.arguments[2] > 1
-    return [Failure(number) for number in numbers] + [Failure()] * short
+    lasting = call.name != "close"
+    return [*map(Failure, numbers), *[Failure()] * short, *[Failure(errno.EIO, lasting=True)] * lasting]
 
 
 def judge(failure: Failure, at: int, calls: list[Call], answer: dict) -> str | None:
@@ -131,7 +138,7 @@ def judge(failure: Failure, at: int, calls: list[Call], answer: dict) -> str | N
         return f"raised {told}"
     if calls[at].name == "fsync" and renamed and "in place" not in told[2]:
         return f"does not say that the new table is there: {told}"
-    if not calls[at].name.startswith("unlink") and set(left) - {STALE}:
+    if not (failure.lasting or calls[at].name.startswith("unlink")) and set(left) - {STALE}:
         return f"left {left}"
     return None
 

@@ -511,7 +511,8 @@ class Table:
         Raises
         ------
         OSError
-            The file cannot be written; nothing is left behind.
+            The file cannot be written: what stood there stays, and nothing else is left behind. Or, as its message then
+            says, the new file is in place but may be lost in a power cut.
         """
         return self._core.save(os.fsdecode(path), durable=durable)
 
