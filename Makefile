@@ -14,7 +14,7 @@ PYTHON_FILES := python tests benches examples docs tools
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 .PHONY: help demo test test-rust test-fast test-slow test-torch check check-rust check-python check-docs \
-        docs faults bench bench-kernels bench-speed bench-compare bench-report bench-memory bench-torch bench-ctr-small clean
+        docs faults sanitize miri bench bench-kernels bench-speed bench-compare bench-report bench-memory bench-torch bench-ctr-small clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -61,6 +61,12 @@ docs: $(VENV)/with-docs ## build the documentation into docs/_build
 faults: $(VENV)/torch $(VENV)/with-test ## inject every fault in full and print what held (hours; make faults ONLY="R6 R7")
 	$(RUN) -m benches.faults $(ONLY)
 	$(RUN) docs/generate.py
+
+sanitize: $(VENV)/with-test ## tests of the Rust core under the sanitizers and valgrind, where these are (half an hour)
+	$(RUN) -m benches.faults "R13 sanitizer" "R21 address" "R21 valgrind" --count 10
+
+miri: $(VENV)/with-test ## tests of the scalar kernels under Miri, where the nightly toolchain has it
+	$(RUN) -m benches.faults "R21 miri" --count 1
 
 bench: bench-kernels bench-speed ## kernels by themselves, then beside the peers
 

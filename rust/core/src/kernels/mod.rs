@@ -467,6 +467,7 @@ pub struct Coarse<'a> {
 }
 
 /// Room for [`Kernels::sift`].
+#[cfg_attr(not(target_arch = "x86_64"), allow(dead_code))] // no other CPU has the kernel yet
 #[derive(Clone, Debug, Default)]
 pub struct Sifting {
     /// Rounded rows.
@@ -722,8 +723,8 @@ pub fn forced_error() -> Option<String> {
 /// The preconditions of the kernels, checked once a call: with them no pointer of a fast path leaves its slice.
 mod check {
     use super::{
-        bits, Bags, BooksView, Coarse, Descent, Extension, Grids, Level, LevelsView, Meaning, Output, Panels, Place,
-        Products, Rows, Scales, Sweep, TrellisView, Values, BEAM_PADDING, SWEEP_PADDING, TABLE_ENTRIES,
+        bits, Bags, BooksView, Descent, Extension, Grids, Level, LevelsView, Meaning, Output, Panels, Place, Products,
+        Rows, Scales, Sweep, TrellisView, Values, BEAM_PADDING, SWEEP_PADDING, TABLE_ENTRIES,
     };
 
     fn output(rows: &Rows, dim: usize, row_bytes: usize, out: &Output) {
@@ -853,7 +854,7 @@ mod check {
     }
 
     #[cfg(target_arch = "x86_64")]
-    pub(super) fn coarse(panels: &Panels, coarse: &Coarse, block: usize) {
+    pub(super) fn coarse(panels: &Panels, coarse: &super::Coarse, block: usize) {
         let blocks = panels.half_norms.len() / block;
         assert_eq!(coarse.pairs.len(), blocks * panels.width.div_ceil(2) * block, "rounded centres");
     }
@@ -932,4 +933,4 @@ pub(crate) mod fence {
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

@@ -5,6 +5,12 @@ use super::*;
 use crate::rng::Rng;
 use proptest::prelude::*;
 
+/// So many, or as `PROPTEST_CASES` says: tools that watch each access make tests a hundred times slower.
+pub(crate) fn cases(count: u32) -> ProptestConfig {
+    let asked = std::env::var("PROPTEST_CASES").ok().and_then(|text| text.parse().ok());
+    ProptestConfig::with_cases(asked.unwrap_or(if cfg!(miri) { 2 } else { count }))
+}
+
 fn floats(rng: &mut Rng, count: usize) -> Vec<f32> {
     // Some coarse numbers, so that there are ties.
     (0..count).map(|_| if rng.below(4) == 0 { rng.below(5) as f32 - 2.0 } else { rng.normal() as f32 }).collect()
@@ -201,7 +207,7 @@ fn levels_of(
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(if cfg!(miri) { 2 } else { 600 }))]
+    #![proptest_config(cases(600))]
 
     #[test]
     fn books(seed: u64, layout in 0usize..4, kind in 0usize..4, count in 1usize..10, width in 1usize..40,
@@ -331,7 +337,7 @@ proptest! {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(if cfg!(miri) { 2 } else { 300 }))]
+    #![proptest_config(cases(300))]
 
     #[test]
     fn extensions(seed: u64, rows in 0usize..10, count in 1usize..24, entries in 1usize..150, stage in 0usize..4,
@@ -376,7 +382,7 @@ proptest! {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(if cfg!(miri) { 2 } else { 300 }))]
+    #![proptest_config(cases(300))]
 
     #[test]
     fn descents(seed: u64, rows in 0usize..7, books in 1usize..7, entries in 1usize..150, sweeps in 0usize..5,

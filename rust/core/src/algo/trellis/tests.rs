@@ -133,7 +133,7 @@ fn numbers(values: &[f32]) -> Vec<u32> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(if cfg!(miri) { 2 } else { 100 }))]
+    #![proptest_config(kernels::tests::cases(100))]
 
     #[test]
     fn every_path_gives_the_same_bits(seed: u64, state_bits in 1u32..11, column_bits in prop::collection::vec(0u8..9, 1..40), rows in 1usize..6,

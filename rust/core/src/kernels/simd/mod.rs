@@ -23,7 +23,9 @@ pub(super) use beam::{extend, Pack};
 pub(super) use books::{lookup_books, pool_books};
 pub(super) use descent::descend;
 pub(super) use levels::{lookup_levels, pool_levels};
-pub(super) use nearest::{nearest, Ahead};
+pub(super) use nearest::nearest;
+#[cfg(target_arch = "x86_64")]
+pub(super) use nearest::Ahead;
 pub(super) use peak::fma_peak;
 pub(super) use products::products;
 pub(super) use trellis::{decode_trellis, sweep, Trace};
