@@ -39,7 +39,9 @@ impl Writer {
         let file = Temporary::beside(&target).map_err(io)?;
         // Opened now: what fails late costs the work of hours.
         let folder = (durable && cfg!(unix)).then(|| retried(|| File::open(folder(&target)))).transpose();
-        let folder = folder.map_err(|e| Error::system(path, e, "its folder cannot be opened to synchronise it"))?;
+        let folder = folder.map_err(|e| {
+            Error::system(path, e, "its folder cannot be opened to synchronise it (durable=False does without)")
+        })?;
         let out = Blocks::after(room, file).map_err(io)?;
         Ok(Writer { path: path.into(), target, layout, durable, folder, room, codes: 0, out })
     }
