@@ -318,8 +318,9 @@ def remember(codes: Tensor, tensors: Sequence[Tensor], decoder: str, table: _cor
 
 
 def _forget(key: int, reference: weakref.ref[Tensor]) -> None:
-    if key in _TABLES and _TABLES[key].codes is reference:
-        del _TABLES[key]
+    known = _TABLES.get(key)
+    if known is not None and known.codes is reference:
+        _TABLES.pop(key, None)  # another thread may have forgotten it meanwhile
 
 
 def _stamp(codes: Tensor, tensors: Sequence[Tensor]) -> list[int]:
