@@ -27,6 +27,9 @@ def kinds() -> list[dict[str, Any]]:
 def hardware() -> dict[str, Any]:
     """``simd`` (path in use), ``available`` (paths this CPU has), ``threads``, ``architecture``."""
 
+def intact_at(addresses: list[int]) -> None:
+    """Raises TableCorruptError where memory at one of these addresses is that of a mapped file that was found cut."""
+
 def estimate(kind: str, parameters: Mapping[str, Any], n_rows: int, n_features: int) -> int:
     """Bytes of the table's file (names and user metadata aside)."""
 
@@ -212,6 +215,9 @@ class Table:
         """(n_rows, row_bytes), zero-copy: keeps the mapping alive. Writing to it changes this process's copy only."""
     def tensors(self) -> dict[str, NDArray[Any]]:
         """The decoder's tensors, zero-copy (bfloat16 as uint16)."""
+    def intact(self) -> None:
+        """Raises TableCorruptError where the mapped file was found cut: for those who read ``codes`` themselves, before
+        (so that a cut does not end the process) and after."""
     def save(self, path: str, *, durable: bool = True, n_jobs: int | None = None) -> int:
         """Writes the file; returns its bytes."""
     def verify(self, n_jobs: int | None = None) -> None:

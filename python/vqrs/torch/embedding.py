@@ -275,7 +275,9 @@ class _TableModule(nn.Module):
                 names=core.names(),
                 metadata=core.metadata,
             )
-        return vqrs.Table(core.with_tensors(as_arrays(tensors)) if tensors else core)
+        core = core.with_tensors(as_arrays(tensors)) if tensors else core
+        self._notice_cuts()
+        return vqrs.Table(core)
 
     def extra_repr(self) -> str:
         """Rows, columns, kind, bytes and ratio: what printing the module shows."""
@@ -308,11 +310,20 @@ class _TableModule(nn.Module):
 
     def _gather(self, ids: Tensor) -> Tensor:
         """Rows of one-dimensional ids, by torch's own operators."""
+        self._notice_cuts()
         rows = self.decoder(F.embedding(ids, self.codes) if self.decoder.rows_apart else self.codes, ids)
+        self._notice_cuts()
         self._keep_gradient(ids, rows)
         if self.padding_idx is None or not self.trainable:
             return rows
         return torch.where((ids == self.padding_idx)[:, None], rows.detach(), rows)
+
+    def _notice_cuts(self) -> None:
+        """Before and after torch itself reads the codes: a mapped file that was cut is an error, not the end of the
+        process and not zeros. Programs that are traced cannot be told.
+        """
+        if self.codes.is_cpu and not torch.compiler.is_compiling() and not torch.jit.is_tracing():
+            self._core.intact()
 
     def _check_ids(self, ids: Tensor) -> None:
         """Refuse the ids that torch's own modules refuse."""
@@ -498,6 +509,7 @@ class _TableModule(nn.Module):
                 names=core.names(),
                 metadata=core.metadata,
             )
+            self._notice_cuts()
             self._adopt(vqrs.Table(core), self.decoder)
             self._codes_shared = False
         return _as_tensor(self._table.codes)
@@ -529,6 +541,7 @@ class _TableModule(nn.Module):
         self._reads_core = not self.trainable and self.codes.is_cpu
         self._row_dtype = self._output.dtype
         self._text, self._names = describe(self._table.info()["decoder"], self.decoder)
+        self._core.intact()  # what was copied to another device was whole
         if self._reads_core:
             codes, tensors, text = self._reads()
             remember(codes, tensors, text, self._core)

@@ -343,13 +343,19 @@ def _table(codes: Tensor, tensors: Sequence[Tensor], decoder: str) -> _core.Tabl
         return known.table
     plan = _plan(decoder)
     values = dict(zip(plan.stored, tensors, strict=False))
-    module = FORMS[plan.description["form"]](plan.description, values, False)
     described = json.dumps({"kind": "", "parameters": {}, "decoder": plan.description})
     # A view of the same memory, which keeps no reference to the tensor that is the key.
     read = codes.detach().contiguous().numpy()
-    table = _core.Table.from_parts(
-        described, as_arrays(module.stored_tensors()), read, errors={"relative": math.nan}, borrow=True
-    )
+    # Tensors that come from a mapped file are zeros where it was cut.
+    places = [tensor.data_ptr() for tensor in (codes, *tensors)]
+    _core.intact_at(places)
+    try:
+        module = FORMS[plan.description["form"]](plan.description, values, False)
+        table = _core.Table.from_parts(
+            described, as_arrays(module.stored_tensors()), read, errors={"relative": math.nan}, borrow=True
+        )
+    finally:
+        _core.intact_at(places)
     remember(codes, tensors, decoder, table)
     return table
 

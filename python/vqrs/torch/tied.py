@@ -172,7 +172,9 @@ def _decoded_rows(module: Any, start: int, stop: int) -> Tensor:
     ids = torch.arange(start, stop, device=module.codes.device)
     if not module.trainable:
         return Embedding.forward(module, ids)  # of bags and scaled rows too
+    module._notice_cuts()
     # Not by forward: a row that lookups treat as padding is an output like the others.
     codes = F.embedding(ids, module.codes) if module.decoder.rows_apart else module.codes
     rows: Tensor = module.decoder(codes, ids)
+    module._notice_cuts()
     return rows.to(module.dtype)

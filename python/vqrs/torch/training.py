@@ -253,6 +253,7 @@ class EMACodebooks(nn.Module):
         codes = F.embedding(ids, module.codes)
         wanted = (decoder.inverse(target) if isinstance(decoder, LinearDecoder) else target).double()
         present = books(codes, ids).double()
+        module._notice_cuts()
         fields, first = books.fields(codes), 0
         for group, (codebooks, starts) in enumerate(books.groups_of_books()):
             for book, start in enumerate(starts):
@@ -272,6 +273,7 @@ class EMACodebooks(nn.Module):
                 for book in range(len(total)):
                     total[book] += torch.bincount(fields[:, first + book], minlength=total.shape[1])
                 first += len(total)
+        module._notice_cuts()
         return totals
 
     def _counts(self, group: int) -> Tensor:

@@ -1,22 +1,36 @@
 //! The crate's own threads, and the context of a long call.
 //!
-//! Pools are made on first use, one per size, and kept. A forked child sees that its process number differs and makes
-//! its own: the parent's threads do not exist there.
+//! Pools are made on first use, one per size, and kept. A forked child is told that it is one ([`forked`]), and sees
+//! that its process number differs, and makes its own: the parent's threads do not exist there.
 
 use crate::error::{Error, Result};
 use rayon::prelude::*;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
+/// A pool, and the next one in the list.
 struct Pool {
-    process: u32,
+    process: (u32, usize),
+    /// Threads that were asked for; the system may have started fewer.
     threads: usize,
     pool: rayon::ThreadPool,
+    next: Next,
 }
 
-/// Every pool that was made. Slots are filled once, in order, and never emptied; reading them takes no lock, because a
-/// lock could be held by another thread at the moment of a fork.
-static POOLS: [OnceLock<Pool>; 128] = [const { OnceLock::new() }; 128];
+type Next = OnceLock<Box<Pool>>;
+
+/// Forks between the first process and this one.
+static FORKS: AtomicUsize = AtomicUsize::new(0);
+
+/// Lists of the pools that were made, which only grow. Reading one takes no lock, because a lock could be held by another
+/// thread at the moment of a fork; and a child adds to a list of its own, because the end of its parent's may be just
+/// changing. Descendants this many forks away share a list and tell their pools by the process.
+static POOLS: [Next; 64] = [const { OnceLock::new() }; 64];
+
+/// To be called in a forked child.
+pub fn forked() {
+    FORKS.fetch_add(1, Ordering::SeqCst);
+}
 
 /// More threads than any machine's cores only take time to start.
 const MAX_THREADS: usize = 256;
@@ -49,28 +63,48 @@ pub fn threads(n_jobs: Option<i64>) -> usize {
     .min(MAX_THREADS)
 }
 
-fn pool(threads: usize) -> &'static rayon::ThreadPool {
-    let process = std::process::id();
-    let fits = |entry: &&Pool| entry.process == process && entry.threads == threads;
-    let mine = || POOLS.iter().map_while(|slot| slot.get());
-    if let Some(entry) = mine().find(fits) {
-        return &entry.pool;
+/// The pool of so many threads; `None` where the system starts not even one.
+fn pool(threads: usize) -> Option<&'static rayon::ThreadPool> {
+    let forks = FORKS.load(Ordering::SeqCst);
+    let process = (std::process::id(), forks);
+    let first = &POOLS[forks % POOLS.len()];
+    let find = || {
+        std::iter::successors(first.get(), |entry| entry.next.get())
+            .find(|entry| entry.process == process && entry.threads == threads)
+    };
+    if let Some(entry) = find() {
+        return Some(&entry.pool);
     }
-    let pool = rayon::ThreadPoolBuilder::new()
-        .num_threads(threads)
-        .thread_name(|i| format!("vqrs-{i}"))
-        .build()
-        .expect("the system starts a thread");
-    let mut entry = Pool { process, threads, pool };
-    for slot in &POOLS {
-        match slot.set(entry) {
-            Ok(()) => break,
+    // What the system refuses now it may grant another process later: fewer threads do the same work.
+    let sizes = std::iter::successors(Some(threads), |n| (*n > 1).then_some(n / 2));
+    let pool = sizes.flat_map(start).next()?;
+    let mut entry = Box::new(Pool { process, threads, pool, next: OnceLock::new() });
+    let mut last = first;
+    loop {
+        // Another thread may have been faster; its pool serves both.
+        if let Some(made) = find() {
+            return Some(&made.pool);
+        }
+        match last.set(entry) {
+            Ok(()) => return find().map(|entry| &entry.pool),
             Err(back) => entry = back,
         }
+        last = &last.get()?.next;
     }
-    // With every slot taken (128 sizes and forks on the way to here), share a pool of another size.
-    let made = || mine().filter(|entry| entry.process == process);
-    &mine().find(fits).or_else(|| made().next()).expect("a forked child keeps a slot for its own pool").pool
+}
+
+fn start(threads: usize) -> Option<rayon::ThreadPool> {
+    let builder = rayon::ThreadPoolBuilder::new().num_threads(threads).thread_name(|i| format!("vqrs-{i}"));
+    builder.build().ok()
+}
+
+/// Runs `work` on the calling thread alone, where the system starts no other.
+fn alone<R>(work: impl FnOnce() -> R) -> R {
+    // Parallel iterators need a pool: one whose only thread is this one. A thread that is in one already stays there.
+    let pool = rayon::ThreadPoolBuilder::new().num_threads(1).use_current_thread().build();
+    let found = work();
+    drop(pool);
+    found
 }
 
 /// How far a long call has come; read by another thread.
@@ -172,7 +206,10 @@ impl Context {
 
     /// Runs `work` inside the pool, so that parallel iterators in it use this context's threads.
     pub fn install<R: Send>(&self, work: impl FnOnce() -> R + Send) -> R {
-        pool(self.threads()).install(work)
+        match pool(self.threads()) {
+            Some(pool) => pool.install(work),
+            None => alone(work),
+        }
     }
 
     /// Runs `work(index, chunk)` over chunks of `size` values of `out`, in parallel and stopping early when cancelled.
@@ -209,12 +246,15 @@ impl Context {
                 }
             }
         };
-        pool(self.threads()).in_place_scope(|scope| {
-            for _ in 1..threads {
-                scope.spawn(|_| drain());
-            }
-            drain();
-        });
+        match pool(self.threads()) {
+            Some(pool) => pool.in_place_scope(|scope| {
+                for _ in 1..threads {
+                    scope.spawn(|_| drain());
+                }
+                drain();
+            }),
+            None => drain(),
+        }
         failure.into_inner().unwrap_or_else(PoisonError::into_inner).map_or(Ok(()), Err)
     }
 
@@ -225,5 +265,37 @@ impl Context {
             return (0..count).map(run).collect();
         }
         self.install(|| (0..count).into_par_iter().map(run).collect())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn forks_leave_pools_behind() {
+        let threads = || Context::new(Some(2), 0).map(4, |index| Ok((index, rayon::current_num_threads()))).unwrap();
+        // More generations than there are lists.
+        for _ in 0..200 {
+            assert_eq!(threads(), [(0, 2), (1, 2), (2, 2), (3, 2)]);
+            forked();
+        }
+    }
+
+    #[test]
+    fn pools_are_made_once() {
+        let same = || std::ptr::eq(pool(3).unwrap(), pool(3).unwrap());
+        std::thread::scope(|scope| {
+            let all: Vec<_> = (0..8).map(|_| scope.spawn(same)).collect();
+            assert!(all.into_iter().all(|thread| thread.join().unwrap()));
+        });
+    }
+
+    #[test]
+    fn one_thread_can_do_it_alone() {
+        for _ in 0..3 {
+            let sum: usize = alone(|| (0..1000usize).into_par_iter().sum());
+            assert_eq!(sum, 499_500);
+        }
     }
 }

@@ -78,11 +78,13 @@ pub fn search(table: &Table, queries: Matrix, k: usize, metric: Metric, ctx: &Co
     }
     queries.check().map_err(|error| error.about("queries"))?;
     let k = k.min(table.rows());
+    table.watch();
     let scorers = ctx.map(queries.rows(), |query| Ok(table.decoder().scorer(queries.row(query), metric)))?;
     ctx.stage("search", table.rows() as u64);
     let parts = ctx.map(table.rows().div_ceil(CHUNK_ROWS), |index| {
         let start = index * CHUNK_ROWS;
         let rows = start..table.rows().min(start + CHUNK_ROWS);
+        table.watch();
         table.touch(rows.clone())?;
         let mut best: Vec<Best> = (0..queries.rows()).map(|_| Best::new(k)).collect();
         for (query, scorer) in scorers.iter().enumerate() {

@@ -12,7 +12,10 @@ pub trait Bytes: Send + Sync {
     /// All bytes.
     fn bytes(&self) -> &[u8];
 
-    /// True once a page of a mapped file was found missing: zeros were read in its place.
+    /// To be called before bytes are read that may be those of a mapped file: makes sure that it may be cut meanwhile.
+    fn watch(&self) {}
+
+    /// True once a mapped file was found cut: zeros were read in place of what is missing.
     fn damaged(&self) -> bool {
         false
     }

@@ -7,6 +7,7 @@ use numpy::{PyArray2, PyArrayMethods, PyUntypedArrayMethods};
 use pyo3::exceptions::{PyTypeError, PyValueError};
 use pyo3::prelude::*;
 use vqrs_core::kernels::{Ids, Output};
+use vqrs_core::table::map::Watched;
 use vqrs_core::tensor::{Buffer, Bytes};
 
 /// Values at an address, checked to be aligned. `None` stands for no values.
@@ -58,6 +59,8 @@ struct Borrowed {
     array: Py<PyArray2<u8>>,
     address: usize,
     len: usize,
+    /// Codes of a mapped file are handed around as arrays too.
+    file: Watched,
 }
 
 impl Bytes for Borrowed {
@@ -66,6 +69,29 @@ impl Bytes for Borrowed {
         // object; NumPy does not resize an array that others refer to.
         unsafe { std::slice::from_raw_parts(self.address as *const u8, self.len) }
     }
+
+    fn watch(&self) {
+        self.file.watch();
+    }
+
+    fn damaged(&self) -> bool {
+        self.file.damaged()
+    }
+}
+
+/// Fails where memory at one of these addresses is that of a mapped file that was found cut: for whoever reads it himself,
+/// before (so that a cut does not end the process) and after.
+#[pyfunction]
+pub fn intact_at(addresses: Vec<usize>) -> PyResult<()> {
+    for address in addresses {
+        let file = Watched::at(address);
+        file.watch();
+        if file.damaged() {
+            let why = "the file was cut or overwritten while it was mapped";
+            return Err(crate::error::to_py(vqrs_core::Error::corrupt("a mapped table", why)));
+        }
+    }
+    Ok(())
 }
 
 /// A buffer of an array's bytes, without copying: later writes to the array are seen.
@@ -77,6 +103,6 @@ pub fn borrow(array: &Bound<'_, PyArray2<u8>>) -> PyResult<Buffer> {
         return Err(PyTypeError::new_err("codes must be C-contiguous"));
     }
     let (address, len) = (array.data() as usize, array.len());
-    let source = Borrowed { array: array.clone().unbind(), address, len };
+    let source = Borrowed { array: array.clone().unbind(), address, len, file: Watched::at(address) };
     Ok(Buffer::share(std::sync::Arc::new(source), 0..len))
 }

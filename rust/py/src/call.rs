@@ -5,6 +5,7 @@ use pyo3::prelude::*;
 use std::any::Any;
 use std::panic::{catch_unwind, AssertUnwindSafe};
 use std::sync::mpsc::{channel, RecvTimeoutError};
+use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 use vqrs_core::pool::Context;
 use vqrs_core::Result;
@@ -45,14 +46,22 @@ pub fn long<T: Send>(
             Ok(())
         })
     };
+    // In a place of its own, from which this thread takes it where the system starts no other.
+    let work = Mutex::new(Some(work));
+    let run = || {
+        let work = work.lock().unwrap_or_else(PoisonError::into_inner).take();
+        work.map(|work| catch_unwind(AssertUnwindSafe(work)))
+    };
     let (outcome, failure) = py.detach(|| {
         std::thread::scope(|scope| {
             let (sender, receiver) = channel();
-            scope.spawn(move || sender.send(catch_unwind(AssertUnwindSafe(work))));
+            if std::thread::Builder::new().spawn_scoped(scope, move || sender.send(run())).is_err() {
+                return (run(), None);
+            }
             let mut failure: Option<PyErr> = None;
             loop {
                 match receiver.recv_timeout(TICK) {
-                    Ok(outcome) => return (Some(outcome), failure),
+                    Ok(outcome) => return (outcome, failure),
                     Err(RecvTimeoutError::Disconnected) => return (None, failure),
                     Err(RecvTimeoutError::Timeout) => {
                         if let (None, Err(error)) = (&failure, tell()) {

@@ -26,6 +26,7 @@ fn hardware(py: Python<'_>) -> PyResult<Bound<'_, PyDict>> {
 #[pymodule(gil_used = false)]
 fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
     let py = module.py();
+    vqrs_core::table::map::watch_forks();
     if let Some(text) = kernels::forced_error() {
         let category = py.get_type::<pyo3::exceptions::PyRuntimeWarning>();
         PyErr::warn(py, &category, &std::ffi::CString::new(text)?, 1)?;
@@ -39,6 +40,7 @@ fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<table::Table>()?;
     module.add_class::<table::TableWriter>()?;
     module.add_function(wrap_pyfunction!(hardware, module)?)?;
+    module.add_function(wrap_pyfunction!(address::intact_at, module)?)?;
     module.add_function(wrap_pyfunction!(codec::kinds, module)?)?;
     module.add_function(wrap_pyfunction!(codec::estimate, module)?)?;
     module.add_function(wrap_pyfunction!(codec::fit, module)?)?;

@@ -48,6 +48,12 @@ fn run(
     }
 }
 
+/// Fails where the table's file was found cut.
+fn intact(table: &table::Table) -> PyResult<()> {
+    table.watch();
+    checked(table.intact())
+}
+
 /// Whether all ids are rows; `Some` with negative ones counted from the end, where that is allowed and there were any.
 fn rows_of(ids: Ids<'_>, table: &table::Table, from_end: bool) -> vqrs_core::Result<Option<Vec<i64>>> {
     let wrapped = table::check_ids(ids, table.rows())?;
@@ -311,7 +317,7 @@ impl Table {
             let text = "a table of groups has a codec for each of them and none for all: encode with the quantizer";
             return Err(PyValueError::new_err(text));
         }
-        let codec = quantizer::Codec::new(&about.kind, about.parameters.clone(), table.decoder().clone());
+        let codec = quantizer::Codec::new(&about.kind, about.parameters.clone(), checked(table.own_decoder())?);
         Ok(Codec::new(checked(codec)?, self.relative_error()?))
     }
 
@@ -484,11 +490,19 @@ impl Table {
 
     fn codes<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
         let table = self.get()?;
+        intact(&table)?;
         view(py, table.code_buffer(), vqrs_core::tensor::Dtype::U8, &[table.rows(), table.row_bytes()])
     }
 
     fn tensors<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
-        tensors(py, &self.get()?.decoder().tensors())
+        let table = self.get()?;
+        intact(&table)?;
+        tensors(py, &table.decoder().tensors())
+    }
+
+    fn intact(&self) -> PyResult<()> {
+        let table = self.get()?;
+        intact(&table)
     }
 
     #[pyo3(signature = (path, *, durable=true, n_jobs=None))]

@@ -3,6 +3,7 @@
 //! Reading a mapped page that the file no longer has raises SIGBUS, which ends the process. The guard turns this
 //! into a flag: its handler looks the address up among the mapped ranges of this module, puts zero pages there and
 //! marks the mapping as damaged, which lookups then report. Any other SIGBUS goes to the handler that stood before.
+//! Handlers that others install later stand over ours, so each call that reads looks whether it still comes first.
 
 use crate::error::{Error, Result};
 use crate::tensor::Bytes;
@@ -95,9 +96,42 @@ impl Bytes for Mapping {
         &self.map
     }
 
+    fn watch(&self) {
+        if self.guard.is_some() {
+            guard::watch();
+        }
+    }
+
     fn damaged(&self) -> bool {
         self.guard.as_ref().is_some_and(guard::Range::damaged)
     }
+}
+
+/// The mapped file, if it is one, that bytes belong to which somebody else keeps.
+pub struct Watched(Option<guard::Watched>);
+
+impl Watched {
+    /// Of the bytes at an address.
+    pub fn at(address: usize) -> Self {
+        Watched(guard::Watched::find(address))
+    }
+
+    /// As [`Bytes::watch`].
+    pub fn watch(&self) {
+        if self.0.is_some() {
+            guard::watch();
+        }
+    }
+
+    /// As [`Bytes::damaged`].
+    pub fn damaged(&self) -> bool {
+        self.0.as_ref().is_some_and(guard::Watched::damaged)
+    }
+}
+
+/// Lets forked children know that they are: to be called once, early. Opening a file does it too.
+pub fn watch_forks() {
+    guard::watch_forks();
 }
 
 fn open(path: &Path) -> Result<(File, usize)> {
@@ -158,7 +192,7 @@ fn changed(path: &Path, found: usize, expected: usize) -> Error {
 #[cfg(any(target_os = "linux", target_vendor = "apple"))]
 mod guard {
     use libc::{c_int, c_void, siginfo_t};
-    use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::SeqCst};
+    use std::sync::atomic::{fence, AtomicBool, AtomicUsize, Ordering::Acquire, Ordering::Relaxed, Ordering::SeqCst};
 
     #[cfg(target_os = "linux")]
     use libc::__errno_location as errno;
@@ -173,33 +207,56 @@ mod guard {
         start: AtomicUsize,
         end: AtomicUsize,
         damaged: AtomicBool,
+        /// What the range ends with: see [`damaged`].
+        last: AtomicUsize,
     }
 
     /// Fixed and lock-free, because a signal handler may neither allocate nor wait.
-    static SLOTS: [Slot; 4096] =
-        [const { Slot { start: AtomicUsize::new(FREE), end: AtomicUsize::new(0), damaged: AtomicBool::new(false) } };
-            4096];
+    static SLOTS: [Slot; 4096] = [const {
+        Slot {
+            start: AtomicUsize::new(FREE),
+            end: AtomicUsize::new(0),
+            damaged: AtomicBool::new(false),
+            last: AtomicUsize::new(0),
+        }
+    }; 4096];
 
     /// Bytes of a page.
     static PAGE: AtomicUsize = AtomicUsize::new(4096);
 
-    /// The handler that stood before ours and its flags. Two stores, not one: a foreign SIGBUS in the instant between
-    /// them, while the first table of a process is being opened, would be handled by the system's default.
-    static PREVIOUS: AtomicUsize = AtomicUsize::new(libc::SIG_DFL);
-    static PREVIOUS_FLAGS: AtomicUsize = AtomicUsize::new(0);
+    /// Handlers that stood before ours, the latest last, and how many. One that is installed over ours and keeps ours to
+    /// lead back to is found here with those before it.
+    static EARLIER: [AtomicUsize; 8] = [const { AtomicUsize::new(libc::SIG_DFL) }; 8];
+    static EARLIER_COUNT: AtomicUsize = AtomicUsize::new(0);
 
-    /// The thread that is inside the previous handler, and the last address that one was called for. A handler that was
-    /// installed over ours may lead back to ours while ours, installed again, leads to it: without these two, a fault
-    /// would go around for ever.
-    static CHAINING: AtomicUsize = AtomicUsize::new(0);
+    /// Held while [`EARLIER`] changes, for less than a microsecond; a forked child frees it.
+    static INSTALLING: AtomicBool = AtomicBool::new(false);
+
+    /// When [`watch`] last looked whether the handler is still ours; 0 makes it look at once.
+    static LOOKED: AtomicUsize = AtomicUsize::new(0);
+
+    /// Ticks between two looks: a look is a call of the system, which takes a fifth of the time of a lookup.
+    const PERIOD: usize = 1 << 16;
+
+    /// The last foreign fault: its thread, its address, how many of the earlier handlers had their turn at it, how often
+    /// it was mended in a row, and whether the signal was raised again while a handler ran. A handler that leads back to
+    /// ours, or that does nothing, would else be called for ever.
+    static CHAINED_THREAD: AtomicUsize = AtomicUsize::new(0);
     static CHAINED_ADDRESS: AtomicUsize = AtomicUsize::new(0);
+    static CHAINED_TURN: AtomicUsize = AtomicUsize::new(0);
+    static CHAINED_MENDED: AtomicUsize = AtomicUsize::new(0);
+    static CHAINED_RAISED: AtomicBool = AtomicBool::new(false);
+
+    /// Times that a handler may mend the same address in a row.
+    const MOST_MENDED: usize = 1 << 16;
 
     /// A watched range; dropping it ends the watch.
     pub struct Range(&'static Slot);
 
     impl Range {
-        /// Watches `bytes`; `Some(None)` where no guard is needed, `None` when the registry is full.
+        /// Watches `bytes`, which start on a page; `Some(None)` where no guard is needed, `None` when the registry is full.
         pub fn register(bytes: &[u8]) -> Option<Option<Self>> {
+            watch_forks();
             install();
             let claim = |slot: &&Slot| slot.start.compare_exchange(FREE, CLAIMED, SeqCst, SeqCst).is_ok();
             let slot = SLOTS.iter().find(claim)?;
@@ -207,12 +264,15 @@ mod guard {
             slot.damaged.store(false, SeqCst);
             slot.end.store(start + bytes.len(), SeqCst);
             slot.start.store(start, SeqCst);
+            slot.last.store(last_word(start + bytes.len()), SeqCst);
+            // Whoever opens a table while it loads may install a handler before the first lookup.
+            LOOKED.store(0, Relaxed);
             Some(Some(Range(slot)))
         }
 
-        /// True once a page of the range was missing.
+        /// True once the file was found cut.
         pub fn damaged(&self) -> bool {
-            self.0.damaged.load(SeqCst)
+            damaged(self.0)
         }
     }
 
@@ -222,32 +282,146 @@ mod guard {
         }
     }
 
+    /// A watched range that somebody else owns and keeps.
+    pub struct Watched(&'static Slot);
+
+    impl Watched {
+        /// The range that holds this address.
+        pub fn find(address: usize) -> Option<Self> {
+            let inside = |slot: &&Slot| {
+                let start = slot.start.load(SeqCst);
+                start > CLAIMED && (start..slot.end.load(SeqCst)).contains(&address)
+            };
+            SLOTS.iter().find(inside).map(Watched)
+        }
+
+        /// As [`Range::damaged`].
+        pub fn damaged(&self) -> bool {
+            damaged(self.0)
+        }
+    }
+
+    /// True once a page was found missing, or the file's last bytes changed. A cut takes the last page, and reading it
+    /// is a fault like any other; or it clears the bytes that it took from the last page, which holds no fault. So no row
+    /// that a cut has changed is taken for a sound one, though its own page may be there.
+    fn damaged(slot: &Slot) -> bool {
+        // What was read of the range was read before its end is.
+        fence(Acquire);
+        if last_word(slot.end.load(Relaxed)) != slot.last.load(Relaxed) {
+            slot.damaged.store(true, SeqCst);
+        }
+        slot.damaged.load(SeqCst)
+    }
+
+    /// The last whole word before `end`, or the first of a range that is shorter.
+    fn last_word(end: usize) -> usize {
+        const WORD: usize = size_of::<usize>();
+        let page = PAGE.load(Relaxed);
+        let address = (end.saturating_sub(WORD) & !(WORD - 1)).max((end - 1) & !(page - 1));
+        // SAFETY: the word is aligned and lies in the last page of a range that is mapped as long as it is watched; a page
+        // that the file no longer has is replaced by the handler.
+        unsafe { (address as *const usize).read_volatile() }
+    }
+
+    /// Makes sure that the handler is ours before mapped bytes are read: another may have been installed since.
+    pub fn watch() {
+        let now = ticks();
+        if now.wrapping_sub(LOOKED.load(Relaxed)) > PERIOD {
+            install();
+            LOOKED.store(now, Relaxed);
+        }
+    }
+
+    /// A clock of nanoseconds or less that is read without a call of the system.
+    fn ticks() -> usize {
+        #[cfg(target_arch = "x86_64")]
+        // SAFETY: every processor of this architecture has the instruction.
+        let now = unsafe { std::arch::x86_64::_rdtsc() } as usize;
+        #[cfg(not(target_arch = "x86_64"))]
+        let now = {
+            // SAFETY: the system fills a valid struct.
+            let time = unsafe {
+                let mut time: libc::timespec = std::mem::zeroed();
+                libc::clock_gettime(libc::CLOCK_MONOTONIC, &mut time);
+                time
+            };
+            (time.tv_sec as usize).wrapping_mul(1_000_000_000).wrapping_add(time.tv_nsec as usize)
+        };
+        now
+    }
+
+    /// Lets a forked child know that it is one: it looks at the handler anew and makes threads of its own.
+    pub fn watch_forks() {
+        static DONE: AtomicBool = AtomicBool::new(false);
+        if !DONE.swap(true, SeqCst) {
+            // SAFETY: the function only stores into atomics, which is allowed in a forked child.
+            unsafe { libc::pthread_atfork(None, None, Some(forked)) };
+        }
+    }
+
+    extern "C" fn forked() {
+        INSTALLING.store(false, SeqCst);
+        LOOKED.store(0, SeqCst);
+        crate::pool::forked();
+    }
+
     /// Makes ours the handler of SIGBUS, unless it is already.
     fn install() {
-        // SAFETY: sigaction is plain data for which zeros are valid, and both calls get valid pointers. The handler
-        // does only what is allowed inside one, and its type is the one that SA_SIGINFO asks for.
-        unsafe {
-            let mut old: libc::sigaction = std::mem::zeroed();
-            let ours = on_sigbus as extern "C" fn(c_int, *mut siginfo_t, *mut c_void) as usize;
-            if libc::sigaction(libc::SIGBUS, std::ptr::null(), &mut old) != 0 || old.sa_sigaction == ours {
-                return;
-            }
-            PAGE.store(usize::try_from(libc::sysconf(libc::_SC_PAGESIZE)).unwrap_or(4096), SeqCst);
-            // Another thread may be just here: it sees the same old handler, or ours and returns above.
-            PREVIOUS_FLAGS.store(old.sa_flags as usize, SeqCst);
-            PREVIOUS.store(old.sa_sigaction, SeqCst);
-            let mut new: libc::sigaction = std::mem::zeroed();
-            new.sa_sigaction = ours;
-            new.sa_flags = libc::SA_SIGINFO | libc::SA_ONSTACK;
-            libc::sigemptyset(&mut new.sa_mask);
-            libc::sigaction(libc::SIGBUS, &new, std::ptr::null_mut());
+        let ours = on_sigbus as extern "C" fn(c_int, *mut siginfo_t, *mut c_void) as usize;
+        if current().is_none_or(|handler| handler == ours) {
+            return;
         }
+        while INSTALLING.swap(true, SeqCst) {
+            std::thread::yield_now();
+        }
+        if let Some(before) = current().filter(|handler| *handler != ours) {
+            // Known before it is replaced, so that a fault in between finds it.
+            remember(before);
+            // SAFETY: sigaction is plain data for which zeros are valid, and both calls get valid pointers. The handler
+            // does only what is allowed inside one, and its type is the one that SA_SIGINFO asks for.
+            let old = unsafe {
+                PAGE.store(usize::try_from(libc::sysconf(libc::_SC_PAGESIZE)).unwrap_or(4096), SeqCst);
+                let (mut new, mut old): (libc::sigaction, libc::sigaction) = (std::mem::zeroed(), std::mem::zeroed());
+                new.sa_sigaction = ours;
+                new.sa_flags = libc::SA_SIGINFO | libc::SA_ONSTACK;
+                libc::sigemptyset(&mut new.sa_mask);
+                libc::sigaction(libc::SIGBUS, &new, &mut old);
+                old.sa_sigaction
+            };
+            if old != before && old != ours {
+                remember(old);
+            }
+        }
+        INSTALLING.store(false, SeqCst);
+    }
+
+    /// The present handler of SIGBUS.
+    fn current() -> Option<usize> {
+        // SAFETY: sigaction is plain data for which zeros are valid, and the call gets a valid pointer.
+        unsafe {
+            let mut now: libc::sigaction = std::mem::zeroed();
+            (libc::sigaction(libc::SIGBUS, std::ptr::null(), &mut now) == 0).then_some(now.sa_sigaction)
+        }
+    }
+
+    /// Puts a handler behind the earlier ones, once; of too many the earliest is forgotten.
+    fn remember(handler: usize) {
+        let count = EARLIER_COUNT.load(SeqCst);
+        let known = EARLIER[..count].iter().position(|known| known.load(SeqCst) == handler);
+        let gap = known.unwrap_or(if count < EARLIER.len() { count } else { 0 });
+        for at in gap + 1..count {
+            EARLIER[at - 1].store(EARLIER[at].load(SeqCst), SeqCst);
+        }
+        let count = if gap == count { count + 1 } else { count };
+        EARLIER[count - 1].store(handler, SeqCst);
+        EARLIER_COUNT.store(count, SeqCst);
     }
 
     extern "C" fn on_sigbus(signal: c_int, info: *mut siginfo_t, context: *mut c_void) {
         // SAFETY: the system passes a valid siginfo; errno is a variable of this thread.
         let (address, fault, saved) = unsafe { ((*info).si_addr() as usize, (*info).si_code > 0, *errno()) };
-        if !(fault && cover(address)) {
+        let ours = if fault { cover(address) } else { raised_for_ours(info) };
+        if !ours {
             chain(signal, info, context, fault.then_some(address));
         }
         // SAFETY: as above. The interrupted code must not see that we called the system.
@@ -256,11 +430,11 @@ mod guard {
 
     /// Puts zero pages at `address`, if it lies in a watched range.
     fn cover(address: usize) -> bool {
-        let Some((slot, end)) = SLOTS.iter().find_map(|slot| {
+        let Some((slot, start, end)) = SLOTS.iter().find_map(|slot| {
             let (start, end) = (slot.start.load(SeqCst), slot.end.load(SeqCst));
             // Looked at twice: the slot may have been given to another range between the two loads.
             let inside = start > CLAIMED && (start..end).contains(&address) && slot.start.load(SeqCst) == start;
-            inside.then_some((slot, end))
+            inside.then_some((slot, start, end))
         }) else {
             return false;
         };
@@ -268,8 +442,11 @@ mod guard {
         slot.damaged.store(true, SeqCst);
         let page = address & !(PAGE.load(SeqCst) - 1);
         // A cut file misses every page from here on. One range of zeros for all of them keeps the number of mappings
-        // small, which the system limits; the single page is for systems that do not give so much at once.
-        put_zeros(page, end - page) || put_zeros(page, PAGE.load(SeqCst).min(end - page))
+        // small, which the system limits; the single page is for systems that do not give so much at once, the whole
+        // range for those that give no mapping more.
+        put_zeros(page, end - page)
+            || put_zeros(page, PAGE.load(SeqCst).min(end - page))
+            || put_zeros(start, end - start)
     }
 
     fn put_zeros(page: usize, len: usize) -> bool {
@@ -281,34 +458,105 @@ mod guard {
         at != libc::MAP_FAILED
     }
 
+    /// Whether this process sent itself the signal because of a page of ours. A handler that was installed over ours and
+    /// got the fault first, as Python's faulthandler does, puts ours back and raises the signal: the fault comes again.
+    fn raised_for_ours(info: *mut siginfo_t) -> bool {
+        // SAFETY: a signal that was sent has a sender; the call takes no arguments and cannot fail.
+        if unsafe { (*info).si_pid() != libc::getpid() } {
+            return false;
+        }
+        let cut = |slot: &Slot| {
+            let (start, end) = (slot.start.load(SeqCst), slot.end.load(SeqCst));
+            start > CLAIMED && !readable((end - 1) & !(PAGE.load(SeqCst) - 1))
+        };
+        SLOTS.iter().any(cut)
+    }
+
+    /// Whether a word can be read at `address`; asked of the system, which reads it and then refuses to do more.
+    #[cfg(target_os = "linux")]
+    fn readable(address: usize) -> bool {
+        let (none, word) = (std::ptr::null_mut::<c_void>(), address & !7);
+        // SAFETY: no mask has this number, so that nothing is changed; an address that cannot be read is an error.
+        let refused =
+            unsafe { libc::syscall(libc::SYS_rt_sigprocmask, !0 as c_int, word as *const c_void, none, 8usize) };
+        // SAFETY: a variable of this thread.
+        refused == 0 || unsafe { *errno() } != libc::EFAULT
+    }
+
+    /// Systems that are not asked: a foreign fault counts as mended only where the next one is another.
+    #[cfg(not(target_os = "linux"))]
+    fn readable(address: usize) -> bool {
+        let watched = SLOTS.iter().any(|slot| {
+            let start = slot.start.load(SeqCst);
+            start > CLAIMED && (start..slot.end.load(SeqCst)).contains(&address)
+        });
+        watched
+    }
+
     /// Hands a signal that is not ours to the handler that stood before. `fault`: where, unless somebody sent it.
     fn chain(signal: c_int, info: *mut siginfo_t, context: *mut c_void, fault: Option<usize>) {
         // SAFETY: takes no arguments and cannot fail.
         let thread = unsafe { libc::pthread_self() } as usize;
-        // A handler that mended the fault is not called for the same address again.
-        let again = fault.is_some_and(|address| CHAINED_ADDRESS.swap(address, SeqCst) == address);
-        let circle = again || CHAINING.load(SeqCst) == thread;
-        let previous = if circle { libc::SIG_DFL } else { PREVIOUS.load(SeqCst) };
-        if previous == libc::SIG_IGN && fault.is_none() {
+        let same = CHAINED_THREAD.swap(thread, SeqCst) == thread
+            && match fault {
+                Some(address) => CHAINED_ADDRESS.load(SeqCst) == address,
+                None => CHAINED_RAISED.load(SeqCst),
+            };
+        let turn = if same { CHAINED_TURN.load(SeqCst) + 1 } else { 0 };
+        let earlier = EARLIER_COUNT.load(SeqCst).checked_sub(turn + 1).map(|at| EARLIER[at].load(SeqCst));
+        let handler = earlier.unwrap_or(libc::SIG_DFL);
+        if handler == libc::SIG_IGN && fault.is_none() {
             return;
         }
-        if previous == libc::SIG_DFL || previous == libc::SIG_IGN {
+        if handler == libc::SIG_DFL || handler == libc::SIG_IGN {
             return default(signal, fault.is_some());
         }
-        CHAINING.store(thread, SeqCst);
-        // SAFETY: the value was a handler of SIGBUS when ours replaced it, and its flags say which type it has.
+        if !same {
+            // Not known as unmended while the handler runs: it may jump away and never return.
+            CHAINED_ADDRESS.store(0, SeqCst);
+        }
+        CHAINED_TURN.store(turn, SeqCst);
+        CHAINED_RAISED.store(true, SeqCst);
+        let before = Registers::of(context);
+        // SAFETY: the value was a handler of SIGBUS when ours replaced it. The system calls handlers of both types with
+        // these three arguments too; one that takes only the number does not look at the others.
         unsafe {
-            if PREVIOUS_FLAGS.load(SeqCst) & libc::SA_SIGINFO as usize != 0 {
-                let handler: extern "C" fn(c_int, *mut siginfo_t, *mut c_void) = std::mem::transmute(previous);
-                handler(signal, info, context);
-            } else {
-                let handler: extern "C" fn(c_int) = std::mem::transmute(previous);
-                handler(signal);
-            }
+            let handler: extern "C" fn(c_int, *mut siginfo_t, *mut c_void) = std::mem::transmute(handler);
+            handler(signal, info, context);
         }
         // One that raised the signal again wants it to go on: it comes when we return, and is then not its own again.
-        if !pending(signal) {
-            CHAINING.store(0, SeqCst);
+        CHAINED_RAISED.store(pending(signal), SeqCst);
+        if let Some(address) = fault {
+            // One that mended the fault, or let the thread go on elsewhere, is called again the next time.
+            let mended = before != Registers::of(context) || readable(address);
+            let times = if mended { CHAINED_MENDED.load(SeqCst) + 1 } else { 0 };
+            CHAINED_MENDED.store(times, SeqCst);
+            CHAINED_ADDRESS.store(if mended && times < MOST_MENDED { 0 } else { address }, SeqCst);
+        }
+    }
+
+    /// The registers of the interrupted thread, to see whether a handler changed them.
+    #[derive(PartialEq, Eq)]
+    struct Registers([u64; REGISTERS]);
+
+    #[cfg(target_os = "linux")]
+    const REGISTERS: usize = size_of::<libc::mcontext_t>() / 8;
+    #[cfg(not(target_os = "linux"))]
+    const REGISTERS: usize = 0;
+
+    impl Registers {
+        #[cfg(target_os = "linux")]
+        fn of(context: *mut c_void) -> Self {
+            // SAFETY: the system passes a valid context to a handler of our type, whose registers are plain numbers.
+            unsafe {
+                let registers = &raw const (*context.cast::<libc::ucontext_t>()).uc_mcontext;
+                Registers(registers.cast::<[u64; REGISTERS]>().read_unaligned())
+            }
+        }
+
+        #[cfg(not(target_os = "linux"))]
+        fn of(_: *mut c_void) -> Self {
+            Registers([])
         }
     }
 
@@ -350,6 +598,27 @@ mod guard {
             match *self {}
         }
     }
+
+    /// Never made: there is nothing to watch.
+    pub enum Watched {}
+
+    impl Watched {
+        /// `None`: no range is watched.
+        pub fn find(_: usize) -> Option<Self> {
+            None
+        }
+
+        /// Never called.
+        pub fn damaged(&self) -> bool {
+            match *self {}
+        }
+    }
+
+    /// There is nothing to watch.
+    pub fn watch() {}
+
+    /// Processes do not fork, or threads tell them apart by their number alone.
+    pub fn watch_forks() {}
 }
 
 /// Systems for which no guard was written: files are read into memory.
@@ -369,6 +638,27 @@ mod guard {
             match *self {}
         }
     }
+
+    /// Never made: there is nothing to watch.
+    pub enum Watched {}
+
+    impl Watched {
+        /// `None`: no range is watched.
+        pub fn find(_: usize) -> Option<Self> {
+            None
+        }
+
+        /// Never called.
+        pub fn damaged(&self) -> bool {
+            match *self {}
+        }
+    }
+
+    /// There is nothing to watch.
+    pub fn watch() {}
+
+    /// Processes do not fork, or threads tell them apart by their number alone.
+    pub fn watch_forks() {}
 }
 
 /// Signals end processes, so each case runs in a child: this test program again, told by a variable what to do.
@@ -447,6 +737,50 @@ mod tests {
         drop(open());
     }
 
+    extern "C" fn mend(_: c_int, info: *mut siginfo_t, _: *mut c_void) {
+        BEFORE.fetch_add(1, SeqCst);
+        // SAFETY: puts a page where the test below has lost one.
+        unsafe {
+            let page = ((*info).si_addr() as usize & !4095) as *mut c_void;
+            libc::mmap(page, 4096, libc::PROT_READ, libc::MAP_PRIVATE | libc::MAP_ANON | libc::MAP_FIXED, -1, 0);
+        }
+    }
+
+    /// A handler that mends a fault is asked each time, at the same address too.
+    fn mended(open: impl Fn() -> Mapping) {
+        use std::os::fd::AsRawFd;
+        replace(mend as Handler as usize, libc::SA_SIGINFO);
+        let _kept = open();
+        let file = file_of(4096);
+        let mut at = std::ptr::null_mut();
+        for turn in 0..10 {
+            file.as_file().set_len(4096).unwrap();
+            let fixed = if turn == 0 { 0 } else { libc::MAP_FIXED };
+            // SAFETY: one page, which is this test's own; it is read once.
+            unsafe {
+                let descriptor = file.as_file().as_raw_fd();
+                at = libc::mmap(at, 4096, libc::PROT_READ, libc::MAP_PRIVATE | fixed, descriptor, 0);
+                file.as_file().set_len(0).unwrap();
+                assert_eq!(at.cast::<u8>().read_volatile(), 0);
+            }
+        }
+        std::process::exit(if BEFORE.load(SeqCst) == 10 { 47 } else { 1 });
+    }
+
+    /// A table that is cut after `handler` was installed over ours.
+    fn later(handler: usize, flags: c_int, wait: bool, open: impl Fn() -> Mapping, file: &std::fs::File) {
+        let table = open();
+        table.watch();
+        BEFORE.store(replace(handler, flags).sa_sigaction, SeqCst);
+        if wait {
+            std::thread::sleep(std::time::Duration::from_millis(1));
+            table.watch();
+        }
+        file.set_len(4096).unwrap();
+        assert_eq!(table.bytes()[1 << 19], 0);
+        std::process::exit(if table.damaged() { 48 } else { 1 });
+    }
+
     #[test]
     fn in_a_child() {
         let Ok(case) = std::env::var(CASE) else { return };
@@ -473,6 +807,15 @@ mod tests {
             "info" => {
                 replace(exit_info as Handler as usize, libc::SA_SIGINFO);
                 drop(guarded());
+            }
+            "mended" => mended(guarded),
+            "later" => later(exit_plain as extern "C" fn(c_int) as usize, 0, true, guarded, file.as_file()),
+            "later, no look" => {
+                later(back_and_raise as extern "C" fn(c_int) as usize, libc::SA_NODEFER, false, guarded, file.as_file())
+            }
+            "three" => {
+                replace(exit_plain as extern "C" fn(c_int) as usize, 0);
+                circle(back_and_raise, guarded);
             }
             "circle" => circle(back, guarded),
             "raising circle" => circle(back_and_raise, guarded),
@@ -511,6 +854,37 @@ mod tests {
         }
         for (case, code) in [("plain", 42), ("info", 43), ("ignored", 44), ("replaced", 45), ("full", 46)] {
             assert_eq!(child(case).code(), Some(code), "{case}");
+        }
+        for (case, code) in [("mended", 47), ("later", 48), ("later, no look", 48), ("three", 42)] {
+            assert_eq!(child(case).code(), Some(code), "{case}");
+        }
+    }
+
+    /// The page of what was lost is still there, and zeros are read without a fault.
+    #[test]
+    fn a_cut_inside_the_last_page_is_noticed() {
+        let file = file_of(0);
+        let content = [7u8; 3 * 4096 + 128];
+        std::fs::write(file.path(), content).unwrap();
+        let mapping = Mapping::open(file.path(), Mode::Mmap).unwrap();
+        assert!(!mapping.damaged());
+        file.as_file().set_len(3 * 4096 + 120).unwrap();
+        assert!(mapping.damaged());
+        let again = Mapping::open(file.path(), Mode::Mmap).unwrap();
+        file.as_file().set_len(5000).unwrap();
+        assert_eq!((again.bytes()[4999], again.bytes()[5001]), (7, 0));
+        file.as_file().set_len(content.len() as u64).unwrap();
+        assert!(again.damaged());
+    }
+
+    #[test]
+    fn short_files_are_watched_too() {
+        for len in [1, 7, 8, 4095, 4096, 4097, 4100] {
+            let file = file_of(len);
+            let mapping = Mapping::open(file.path(), Mode::Mmap).unwrap();
+            assert!(!mapping.damaged(), "{len}");
+            file.as_file().set_len(0).unwrap();
+            assert!(mapping.damaged(), "{len}");
         }
     }
 

@@ -143,12 +143,16 @@ impl Table {
 
     /// Writes the table to a file under `path`, whatever stood there; returns the file's bytes.
     pub fn save(&self, path: &Path, durable: bool, ctx: &Context) -> Result<u64> {
-        let extra = self.extra()?;
+        let (tensors, extra) = (self.decoder.tensors(), self.extra()?);
+        // Copies, so that what is written below is what was found intact.
+        let (tensors, extra) = (copies(&tensors), copies(&extra));
+        self.intact()?;
         let mut writer = Writer::create(path, self.layout(&extra), durable)?;
         ctx.stage("save", self.rows as u64);
         let step = (1usize << 22).checked_div(self.row_bytes()).unwrap_or(self.rows) + 1;
         for start in (0..self.rows).step_by(step) {
             ctx.check()?;
+            self.watch();
             let end = self.rows.min(start + step);
             // A damaged table must not get valid checksums by being saved again.
             self.file.as_ref().map_or(Ok(()), |file| file.check_rows(start..end))?;
@@ -157,18 +161,20 @@ impl Table {
         }
         self.intact()?;
         let description = describe(&self.decoder, &self.about, self.rows as u64);
-        writer.finish(description, &self.decoder.tensors(), &extra)
+        writer.finish(description, &tensors, &extra)
     }
 
     /// The same codes with other values in the decoder's tensors. The errors are forgotten.
     pub fn with_tensors(&self, tensors: &[Tensor]) -> Result<Self> {
         let decoder = self.decoder.with_tensors(tensors)?;
+        self.intact()?;
         let about = About { errors: Map::new(), ..self.about.clone() };
         Ok(Table { decoder, about, as_in_file: false, ..self.clone() })
     }
 
     /// The same table with other names and metadata.
     pub fn with_metadata(&self, names: Option<&[String]>, metadata: BTreeMap<String, String>) -> Result<Self> {
+        self.intact()?;
         let names = names.map(|names| Names::new(names, self.rows)).transpose()?;
         let about = About { metadata, ..self.about.clone() };
         Ok(Table { names: Arc::new(names.into()), about, as_in_file: false, ..self.clone() })
@@ -177,6 +183,14 @@ impl Table {
     /// How codes are read.
     pub fn decoder(&self) -> &Decoder {
         &self.decoder
+    }
+
+    /// How codes are read, in memory of its own: for whoever outlives the file.
+    pub fn own_decoder(&self) -> Result<Decoder> {
+        self.watch();
+        let decoder = self.decoder.with_tensors(&copies(&self.decoder.tensors()))?;
+        self.intact()?;
+        Ok(decoder)
     }
 
     /// All codes, row after row.
@@ -239,6 +253,7 @@ impl Table {
             let expected = format!("{} rows of {} values", ids.len(), self.dim());
             return Err(Error::shape("out", format!("{} values", out.len()), expected));
         }
+        self.watch();
         self.touch_ids(ids)?;
         let parallel = wanted >= PARALLEL_VALUES && ctx.threads() > 1;
         let stream = out.bytes() > if parallel { PARALLEL_STREAM_BYTES } else { self.decoder.stream_bytes() };
@@ -287,6 +302,7 @@ impl Table {
                 return Err(Error::parameter("weights", "given", "mode \"max\" takes no weights"));
             }
         }
+        self.watch();
         self.touch_ids(ids)?;
         let tasks = out.split(bag_tasks(&borders), self.dim());
         let small = ids.len() * self.dim() < PARALLEL_VALUES;
@@ -340,6 +356,7 @@ impl Table {
 
     /// Checks every byte of a file against its checksums, and every scale inside rows.
     pub fn verify(&self, ctx: &Context) -> Result<()> {
+        self.watch();
         if let Some(file) = &self.file {
             file.verify(ctx)?;
         }
@@ -370,18 +387,31 @@ impl Table {
 
     /// Names of the rows, if the table carries them.
     pub fn names(&self) -> Result<Option<Vec<String>>> {
-        Ok(self.loaded_names()?.map(|names| names.iter().map(str::to_owned).collect()))
+        let names = self.loaded_names()?.map(|names| names.iter().map(str::to_owned).collect());
+        self.intact()?;
+        Ok(names)
     }
 
     /// The first row of a name.
     pub fn find(&self, name: &str) -> Result<Option<usize>> {
-        let row = self.loaded_names()?.and_then(|names| names.index().get(name).copied());
+        let names = self.loaded_names()?;
         self.intact()?;
+        let Some(names) = names else { return Ok(None) };
+        // Made here, and kept only where it was made of a file that was whole all the time.
+        let row = match names.index.get() {
+            Some(index) => index.get(name).copied(),
+            None => {
+                let index = names.make_index();
+                self.intact()?;
+                names.index.get_or_init(|| index).get(name).copied()
+            }
+        };
         Ok(row)
     }
 
     /// The names, from memory or from the file; checked once.
     fn loaded_names(&self) -> Result<Option<&Names>> {
+        self.watch();
         if let (None, Some(file)) = (self.names.get(), &self.file) {
             let names = match (file.extra(NAMES)?, file.extra(NAME_ENDS)?) {
                 (Some(text), Some(ends)) => {
@@ -402,6 +432,11 @@ impl Table {
         Ok(self.loaded_names()?.map_or_else(Vec::new, |names| vec![names.text.clone(), names.ends.clone()]))
     }
 
+    /// To be called before codes or the decoder's tensors are read: see [`crate::tensor::Bytes::watch`].
+    pub fn watch(&self) {
+        self.codes.source().watch();
+    }
+
     pub(crate) fn touch(&self, rows: Range<usize>) -> Result<()> {
         self.file.as_ref().map_or(Ok(()), |file| file.touch(rows))
     }
@@ -417,16 +452,19 @@ impl Table {
         }
     }
 
-    /// Fails once a page of the mapped file was found missing.
+    /// Fails once the mapped file was found cut. Called behind every read.
     pub fn intact(&self) -> Result<()> {
         if self.codes.source().damaged() {
-            return Err(self.damage("the file became shorter while it was mapped: zeros were read in its place".into()));
+            let why =
+                "the file was cut or overwritten while it was mapped, so that rows may be lost: open it again once it \
+                       is whole, or with mode=\"read\" where files are changed in place";
+            return Err(self.damage(why.into()));
         }
         Ok(())
     }
 
     fn damage(&self, why: String) -> Error {
-        let path = self.file.as_ref().map_or_else(Default::default, |file| file.path().to_owned());
+        let path = self.file.as_ref().map_or_else(|| "a mapped table".into(), |file| file.path().to_owned());
         Error::corrupt(path, why)
     }
 }
@@ -464,20 +502,25 @@ impl Names {
         let starts = std::iter::once(0).chain(self.ends().iter().copied());
         let text = self.text.data.bytes();
         starts.zip(self.ends()).map(|(start, end)| {
-            std::str::from_utf8(&text[start as usize..*end as usize]).unwrap_or_default()
-            // checked on loading
+            // Checked on loading; zeros where the file was cut since.
+            text.get(start as usize..*end as usize)
+                .and_then(|bytes| std::str::from_utf8(bytes).ok())
+                .unwrap_or_default()
         })
     }
 
-    fn index(&self) -> &HashMap<String, usize> {
-        self.index.get_or_init(|| {
-            let mut index = HashMap::new();
-            for (row, name) in self.iter().enumerate() {
-                index.entry(name.to_owned()).or_insert(row);
-            }
-            index
-        })
+    fn make_index(&self) -> HashMap<String, usize> {
+        let mut index = HashMap::new();
+        for (row, name) in self.iter().enumerate() {
+            index.entry(name.to_owned()).or_insert(row);
+        }
+        index
     }
+}
+
+/// The same tensors in memory of their own.
+fn copies(tensors: &[Tensor]) -> Vec<Tensor> {
+    tensors.iter().map(|tensor| Tensor { data: Buffer::copy_of(tensor.data.bytes()), ..tensor.clone() }).collect()
 }
 
 /// The tensors that carry names of rows.
