@@ -193,8 +193,11 @@ def fork(work: Callable[[], object]) -> int:
 
 
 def repeatedly(saves: list[Save], path: Path) -> Callable[[], None]:
+    """Until it is killed, or the process that would do that is gone."""
+    parent = os.getpid()
+
     def work() -> None:
-        while True:
+        while os.getppid() == parent:
             for save in saves:
                 save.to(path)
 
