@@ -56,7 +56,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benches.faults", description=__doc__)
     parser.add_argument("ids", nargs="*", help="rows of the table, for example R6; all where none is given")
     parser.add_argument("--short", action="store_true", help="as often as the tests do; nothing is kept")
-    parser.add_argument("--count", type=int, help="as often as this; nothing is kept")
+    parser.add_argument("--count", type=int, help="as often as this; kept with --keep alone")
+    parser.add_argument("--keep", action="store_true", help="keep the result of --count, which it tells")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     known = faults()
@@ -76,7 +77,7 @@ def main() -> int:
         print(f"{fault.key:14} {fault.fault}\n{'':14} {answer}", flush=True)
         for failure in record.get("failures", []):
             print(f"{'':14} FAILED: {failure}", flush=True)
-        if not (arguments.short or arguments.count):
+        if arguments.keep or not (arguments.short or arguments.count):
             kept = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
             kept[fault.key] = record
             RESULTS.write_text(json.dumps(kept, indent=1, sort_keys=True) + "\n")
