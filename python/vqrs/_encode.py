@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from vqrs import _core
+from vqrs._interrupt import interruptible
 from vqrs._validation import as_matrix, as_weights, is_frame
 from vqrs.metrics import gaussian_bound
 
@@ -99,7 +100,7 @@ def table_from_codes(
     from vqrs.table import Table
 
     errors = _core.reconstruction_errors(x, codes, codec, as_weights(sample_weight, len(x)), n_jobs)
-    errors |= RowSample(codec.dim).add(x).gaussian_bound(codec)
+    errors |= interruptible(lambda: RowSample(codec.dim).add(x).gaussian_bound(codec))
     return Table(_core.Table.from_codec(codec, codes, errors=errors, names=names, metadata=metadata))
 
 
@@ -124,7 +125,7 @@ def _stream(
             writer.write(block, sample_weight=as_weights(of_block, len(block)), n_jobs=n_jobs, progress=progress)
             sample.add(block)
         as_weights(weights, sample.n_seen)
-        writer.finish(sample.gaussian_bound(codec))
+        writer.finish(interruptible(sample.gaussian_bound, codec))
     except BaseException:
         if writer is not None:
             writer.abort()

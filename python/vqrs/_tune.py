@@ -19,6 +19,7 @@ from vqrs._compress import compress, is_sliceable, read_effort, read_method
 from vqrs._encode import LARGEST_BOUND_DIM, RowSample
 from vqrs._ladders import families_for
 from vqrs._progress import printed_progress
+from vqrs._interrupt import interruptible
 from vqrs._search import Search
 from vqrs._validation import RandomState, as_jobs, as_matrix, as_seed, as_weights
 from vqrs.metrics import Spectrum, above_bound_db
@@ -484,7 +485,7 @@ def _public_trials(search: Search, n_rows: int, dim: int) -> list[TuneTrial]:
     """All that worked, with the bound at the bits of each."""
     spectrum = None
     if dim <= LARGEST_BOUND_DIM:
-        spectrum = Spectrum(RowSample(dim).add(search.sample.rows).rows)
+        spectrum = interruptible(lambda: Spectrum(RowSample(dim).add(search.sample.rows).rows))
     found = []
     for trial in search.finished_trials():
         kind, parameters, n_bytes = trial.candidate

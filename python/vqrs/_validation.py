@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from vqrs import _core
+from vqrs._interrupt import LARGE, interruptible
 
 _MAX_JOBS = 2**31 - 1
 """The compiled module starts far fewer threads."""
@@ -420,6 +421,8 @@ def _frame_to_array(frame: Any) -> NDArray[Any]:
 def _as_float32(array: NDArray[Any], name: str) -> NDArray[np.float32]:
     try:
         with np.errstate(over="raise"):
+            if array.nbytes > LARGE:
+                return interruptible(np.require, array, np.float32, ["C_CONTIGUOUS", "ALIGNED"])
             return np.require(array, np.float32, ["C_CONTIGUOUS", "ALIGNED"])
     except FloatingPointError:
         raise _overflow_error(array, name) from None

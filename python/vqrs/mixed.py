@@ -15,6 +15,7 @@ from numpy.typing import ArrayLike, NDArray
 from vqrs import _core
 from vqrs._base import Quantizer
 from vqrs._encode import LARGEST_BOUND_DIM, SAMPLE_ROWS
+from vqrs._interrupt import interruptible
 from vqrs._validation import as_seed, as_weights
 from vqrs.metrics import gaussian_bound
 
@@ -431,7 +432,7 @@ def _errors(
     if weights is not None:
         errors["weighted"] = float(weights @ row_errors) / max(float(weights @ energies), tiny)
     if x.shape[1] <= LARGEST_BOUND_DIM:
-        bound = gaussian_bound(x[:: max(1, len(x) // SAMPLE_ROWS)], 8 * nbytes / x.size)
+        bound = interruptible(gaussian_bound, x[:: max(1, len(x) // SAMPLE_ROWS)], 8 * nbytes / x.size)
         errors["gaussian_bound"] = float(f"{bound:.6g}")
     return errors
 

@@ -14,6 +14,7 @@ from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from vqrs import _core
 from vqrs._bytes import format_bytes
+from vqrs._interrupt import LARGE, interruptible
 from vqrs._validation import as_array, as_factors, as_ids, as_jobs, as_matrix, as_offsets
 from vqrs.metrics import above_bound_db
 
@@ -66,7 +67,9 @@ def open(
     ...     print(table.shape, n_bytes == os.path.getsize(path))
     (4, 4) True
     """
-    table = Table(_core.Table.open(os.fsdecode(path), verify, mode))
+    arguments = os.fsdecode(path), verify, mode
+    whole = verify == "full" or mode == "read"
+    table = Table(interruptible(_core.Table.open, *arguments) if whole else _core.Table.open(*arguments))
     table._verify = verify
     return table
 
@@ -478,7 +481,10 @@ class Table:
 
     def _row_numbers(self, ids: Any) -> NDArray[Any]:
         """Row numbers as the compiled module takes them, in the shape that they were given."""
-        array = as_ids(ids, len(self))
+        if getattr(ids, "nbytes", 0) > LARGE:
+            array = interruptible(as_ids, ids, len(self))
+        else:
+            array = as_ids(ids, len(self))
         if array.dtype.kind != "O":
             return array
         numbers = [self._row_of_name(name, position) for position, name in enumerate(array.flat)]

@@ -159,13 +159,48 @@ impl Error {
     }
 }
 
+/// Bytes of what a call allocates in small pieces, which cannot fail one by one: its threads, blocks of rows, tasks.
+const SMALL: usize = 64 << 20;
+
+fn no_room(what: &'static str, bytes: Option<usize>) -> Error {
+    Error::Memory { what, bytes: bytes.unwrap_or(usize::MAX) }
+}
+
 /// `count` zeros, or an error where there is no memory for them.
-pub fn zeros<T: Clone + Default>(what: &'static str, count: Option<usize>) -> Result<Vec<T>> {
-    let bytes = count.and_then(|count| count.checked_mul(size_of::<T>())).unwrap_or(usize::MAX);
+pub fn zeros<T: bytemuck::Zeroable>(what: &'static str, count: Option<usize>) -> Result<Vec<T>> {
+    let bytes = count.and_then(|count| count.checked_mul(size_of::<T>()));
+    let fits = bytes.filter(|bytes| *bytes <= isize::MAX as usize).and(count);
+    // The system's own zeros: pages are made when they are first used.
+    fits.and_then(|count| bytemuck::try_zeroed_vec(count).ok()).ok_or_else(|| no_room(what, bytes))
+}
+
+/// No values yet and room for `count` of them, or an error where there is no memory for them.
+pub fn reserved<T>(what: &'static str, count: Option<usize>) -> Result<Vec<T>> {
     let mut values = Vec::new();
     match count.map(|count| values.try_reserve_exact(count)) {
-        Some(Ok(())) => values.resize(count.unwrap_or_default(), T::default()),
-        _ => return Err(Error::Memory { what, bytes }),
+        Some(Ok(())) => Ok(values),
+        _ => Err(no_room(what, count.and_then(|count| count.checked_mul(size_of::<T>())))),
     }
-    Ok(values)
+}
+
+/// A copy of some values, or an error where there is no memory for it.
+pub fn copied<T: Copy>(what: &'static str, values: &[T]) -> Result<Vec<T>> {
+    let mut copy = reserved(what, Some(values.len()))?;
+    copy.extend_from_slice(values);
+    Ok(copy)
+}
+
+/// Fails where there is no memory for parts of so many bytes together and for a call's small pieces: before work that
+/// allocates in many places.
+pub fn room(what: &'static str, parts: &[Option<usize>]) -> Result<()> {
+    let all = parts.iter().try_fold(SMALL, |sum, part| sum.checked_add((*part)?));
+    let asked: Vec<u8> = reserved(what, all)?;
+    // Or it would not be asked for at all.
+    std::hint::black_box(&asked);
+    Ok(())
+}
+
+/// The product of sizes, if it can be counted.
+pub fn product(sizes: &[usize]) -> Option<usize> {
+    sizes.iter().try_fold(1usize, |product, size| product.checked_mul(*size))
 }

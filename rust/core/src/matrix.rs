@@ -1,6 +1,7 @@
 //! Borrowed rows of `f32`, checked once at the door.
 
 use crate::error::{Error, Result};
+use crate::pool::Context;
 
 /// The largest magnitude that is accepted: beyond it squared distances would overflow `f32`.
 pub const MAX_MAGNITUDE: f32 = 1e15;
@@ -43,6 +44,17 @@ impl<'a> Matrix<'a> {
             });
         }
         Ok(())
+    }
+
+    /// [`Matrix::check`] on all threads.
+    pub fn check_all(&self, ctx: &Context) -> Result<()> {
+        let step = (1 << 20) / self.dim + 1;
+        let fine = |block: &Matrix| block.data.iter().fold(true, |fine, v| fine & (v.abs() <= MAX_MAGNITUDE));
+        let blocks = ctx.map(self.rows.div_ceil(step), |number| {
+            Ok(fine(&self.block(number * step..self.rows.min((number + 1) * step))))
+        })?;
+        // Few rows are wrong, if any: the first of them is found by the check that names it.
+        blocks.iter().all(|fine| *fine).then_some(()).map_or_else(|| self.check(), Ok)
     }
 
     /// Number of rows.
@@ -99,11 +111,11 @@ pub struct Sample<'a> {
 
 impl<'a> Sample<'a> {
     /// Rows with weights, both checked: at least one row, everything finite, weights not negative, not all zero.
-    pub fn new(rows: Matrix<'a>, weights: Option<&'a [f64]>) -> Result<Self> {
+    pub fn new(rows: Matrix<'a>, weights: Option<&'a [f64]>, ctx: &Context) -> Result<Self> {
         if rows.rows() == 0 {
             return Err(Error::shape("X", "0 rows", "at least 1 row"));
         }
-        rows.check()?;
+        rows.check_all(ctx)?;
         if let Some(weights) = weights {
             if weights.len() != rows.rows() {
                 let found = format!("{} values", weights.len());

@@ -4,7 +4,7 @@
 //! rows are decoded once for all queries and compared directly.
 
 use crate::decoder::{Metric, Scorer};
-use crate::error::{Error, Result};
+use crate::error::{product, reserved, room, Error, Result};
 use crate::kernels::Ids;
 use crate::matrix::Matrix;
 use crate::pool::Context;
@@ -76,8 +76,14 @@ pub fn search(table: &Table, queries: Matrix, k: usize, metric: Metric, ctx: &Co
     if k == 0 {
         return Err(Error::parameter("k", k, "must be at least 1"));
     }
-    queries.check().map_err(|error| error.about("queries"))?;
+    queries.check_all(ctx).map_err(|error| error.about("queries"))?;
     let k = k.min(table.rows());
+    // The best rows of each part of the table, for each query, and of all parts together.
+    let parts = table.rows().div_ceil(CHUNK_ROWS);
+    let kept = product(&[queries.rows(), parts, k.min(CHUNK_ROWS).next_power_of_two(), 16]);
+    let together = product(&[queries.rows() + 2, k, 16]);
+    let scratch = product(&[ctx.threads(), BLOCK_ROWS, table.dim(), 4]);
+    room("a search", &[kept, together, scratch])?;
     table.watch();
     let scorers = ctx.map(queries.rows(), |query| Ok(table.decoder().scorer(queries.row(query), metric)))?;
     ctx.stage("search", table.rows() as u64);
@@ -94,16 +100,20 @@ pub fn search(table: &Table, queries: Matrix, k: usize, metric: Metric, ctx: &Co
             }
         }
         if scorers.iter().any(Option::is_none) {
-            scan_decoded(table, queries, metric, rows.clone(), &mut best);
+            scan_decoded(table, queries, metric, rows.clone(), &mut best, ctx)?;
         }
         ctx.advance(rows.len() as u64);
         Ok(best)
     })?;
     table.intact()?;
-    let (mut scores, mut ids) = (Vec::new(), Vec::new());
+    let mut scores = reserved("the scores", queries.rows().checked_mul(k))?;
+    let mut ids = reserved("the ids", queries.rows().checked_mul(k))?;
     for query in 0..queries.rows() {
         let mut all = Best::new(k);
-        parts.iter().flat_map(|part| &part[query].heap).for_each(|hit| all.offer(*hit));
+        for part in &parts {
+            ctx.check()?;
+            part[query].heap.iter().for_each(|hit| all.offer(*hit));
+        }
         for hit in all.heap.into_sorted_vec() {
             scores.push(if metric == Metric::L2 { hit.cost } else { -hit.cost });
             ids.push(hit.row as i64);
@@ -121,10 +131,18 @@ fn scan_tables(table: &Table, scorer: &Scorer, metric: Metric, rows: std::ops::R
     }
 }
 
-fn scan_decoded(table: &Table, queries: Matrix, metric: Metric, rows: std::ops::Range<usize>, best: &mut [Best]) {
+fn scan_decoded(
+    table: &Table,
+    queries: Matrix,
+    metric: Metric,
+    rows: std::ops::Range<usize>,
+    best: &mut [Best],
+    ctx: &Context,
+) -> Result<()> {
     let mut decoded = vec![0f32; BLOCK_ROWS * table.dim()];
     let norms: Vec<f64> = (0..queries.rows()).map(|query| norm(queries.row(query))).collect();
     for start in rows.clone().step_by(BLOCK_ROWS) {
+        ctx.check()?;
         let len = BLOCK_ROWS.min(rows.end - start);
         let decoded = &mut decoded[..len * table.dim()];
         table.decoder().decode(table.codes(), Ids::Range { start, len }, &mut *decoded);
@@ -143,6 +161,7 @@ fn scan_decoded(table: &Table, queries: Matrix, metric: Metric, rows: std::ops::
             }
         }
     }
+    Ok(())
 }
 
 /// Sums in 16 lanes, so that the loop runs in vectors.

@@ -59,7 +59,7 @@ impl TableWriter {
 
     /// Encodes rows and appends them.
     pub fn write(&mut self, rows: Matrix, weights: Option<&[f64]>, ctx: &Context) -> Result<()> {
-        rows.check().map_err(|error| error.after_rows(self.rows))?;
+        rows.check_all(ctx).map_err(|error| error.after_rows(self.rows))?;
         if rows.rows() == 0 {
             return Ok(());
         }

@@ -1,6 +1,6 @@
 //! Named arrays whose bytes are owned or borrowed from a mapped file: what decoders are made of.
 
-use crate::error::{Error, Result};
+use crate::error::{reserved, zeros, Error, Result};
 #[cfg(target_os = "linux")]
 use memmap2::Advice;
 use memmap2::MmapMut;
@@ -43,6 +43,9 @@ impl Bytes for MmapMut {
     }
 }
 
+/// What errors call new tensors.
+const NEW: &str = "a tensor";
+
 /// Bytes from which a buffer has pages of its own, large ones where the system has them: rows that are read at random
 /// would else wait for the address of their page as long as for their codes.
 const PAGES: usize = 4 << 20;
@@ -65,13 +68,13 @@ pub struct Buffer {
 
 impl Buffer {
     /// A copy of `bytes`, aligned to 64 bytes.
-    pub fn copy_of(bytes: &[u8]) -> Self {
+    pub fn copy_of(bytes: &[u8]) -> Result<Self> {
         if let Some(pages) = large_pages(bytes) {
-            return Buffer { source: Arc::new(pages), range: 0..bytes.len() };
+            return Ok(Buffer { source: Arc::new(pages), range: 0..bytes.len() });
         }
-        let mut lines = vec![Line([0; 64]); bytes.len().div_ceil(64)];
+        let mut lines: Vec<Line> = zeros(NEW, Some(bytes.len().div_ceil(64)))?;
         bytemuck::cast_slice_mut(&mut lines)[..bytes.len()].copy_from_slice(bytes);
-        Buffer { source: Arc::new(Owned { lines, len: bytes.len() }), range: 0..bytes.len() }
+        Ok(Buffer { source: Arc::new(Owned { lines, len: bytes.len() }), range: 0..bytes.len() })
     }
 
     /// A range of somebody else's bytes; the range must lie inside them.
@@ -170,14 +173,16 @@ impl Tensor {
     pub fn of_floats(name: impl Into<String>, dtype: Dtype, shape: Vec<usize>, values: &[f32]) -> Result<Self> {
         let name = name.into();
         let data = match dtype {
-            Dtype::F32 => Buffer::copy_of(bytemuck::cast_slice(values)),
+            Dtype::F32 => Buffer::copy_of(bytemuck::cast_slice(values))?,
             Dtype::F16 => {
-                let halves: Vec<half::f16> = values.iter().map(|v| half::f16::from_f32(*v)).collect();
-                Buffer::copy_of(bytemuck::cast_slice(&halves))
+                let mut halves = reserved(NEW, Some(values.len()))?;
+                halves.extend(values.iter().map(|v| half::f16::from_f32(*v)));
+                Buffer::copy_of(bytemuck::cast_slice(&halves))?
             }
             Dtype::Bf16 => {
-                let halves: Vec<half::bf16> = values.iter().map(|v| half::bf16::from_f32(*v)).collect();
-                Buffer::copy_of(bytemuck::cast_slice(&halves))
+                let mut halves = reserved(NEW, Some(values.len()))?;
+                halves.extend(values.iter().map(|v| half::bf16::from_f32(*v)));
+                Buffer::copy_of(bytemuck::cast_slice(&halves))?
             }
             Dtype::U8 | Dtype::I8 | Dtype::U64 => return Err(Error::shape("a tensor", dtype.name(), "a float type")),
         };

@@ -57,7 +57,7 @@ fn each(law: impl Fn(&str, Map<String, Value>)) {
 }
 
 fn fit(kind: &str, parameters: &Map<String, Value>, x: &[f32], threads: i64) -> (Codec, Vec<u8>) {
-    let sample = Sample::new(Matrix::new(x, DIM).unwrap(), None).unwrap();
+    let sample = Sample::new(Matrix::new(x, DIM).unwrap(), None, &Context::default()).unwrap();
     Codec::fit(kind, parameters.clone(), sample, false, &Context::new(Some(threads), 7)).unwrap()
 }
 
@@ -65,7 +65,7 @@ fn table(codec: &Codec, codes: &[u8]) -> Table {
     let mut about = About { kind: codec.kind().into(), parameters: codec.parameters(), ..Default::default() };
     about.errors.insert("relative".into(), 0.25.into());
     let rows = codes.len() / codec.decoder().row_bytes();
-    Table::new(codec.decoder().clone(), Buffer::copy_of(codes), rows, about).unwrap()
+    Table::new(codec.decoder().clone(), Buffer::copy_of(codes).unwrap(), rows, about).unwrap()
 }
 
 fn bytes_of(decoder: &Decoder) -> Vec<u8> {
@@ -240,7 +240,8 @@ fn odd_tables_are_defined() {
     each(|kind, parameters| {
         for (dim, x) in &tables {
             let rows = Matrix::new(x, *dim).unwrap();
-            let fitted = Codec::fit(kind, parameters.clone(), Sample::new(rows, None).unwrap(), true, &ctx);
+            let fitted =
+                Codec::fit(kind, parameters.clone(), Sample::new(rows, None, &Context::default()).unwrap(), true, &ctx);
             let big = x.iter().any(|v| *v > 65504.0) && parameters.get("dtype").is_some_and(|d| d == "float16");
             match fitted {
                 Ok((codec, codes)) => {
@@ -257,7 +258,7 @@ fn odd_tables_are_defined() {
         }
         for bad in [f32::NAN, f32::INFINITY, 1e16] {
             let x = [1.0, 2.0, 3.0, bad];
-            assert!(Sample::new(Matrix::new(&x, 2).unwrap(), None).is_err());
+            assert!(Sample::new(Matrix::new(&x, 2).unwrap(), None, &Context::default()).is_err());
         }
     });
 }
@@ -265,7 +266,7 @@ fn odd_tables_are_defined() {
 #[test]
 fn unknown_kinds_and_parameters_are_named() {
     let ctx = Context::default();
-    let sample = || Sample::new(Matrix::new(&[1.0, 2.0], 1).unwrap(), None).unwrap();
+    let sample = || Sample::new(Matrix::new(&[1.0, 2.0], 1).unwrap(), None, &Context::default()).unwrap();
     let text = |kind: &str, parameters: Value| {
         let Value::Object(parameters) = parameters else { unreachable!() };
         Codec::fit(kind, parameters, sample(), false, &ctx).err().expect("refused").to_string()

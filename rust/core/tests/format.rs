@@ -73,7 +73,7 @@ impl Sample {
 }
 
 fn raw(name: &str, dtype: Dtype, shape: Vec<usize>, bytes: &[u8]) -> Tensor {
-    Tensor::new(name, dtype, shape, Buffer::copy_of(bytes)).unwrap()
+    Tensor::new(name, dtype, shape, Buffer::copy_of(bytes).unwrap()).unwrap()
 }
 
 fn object(value: Value) -> Map<String, Value> {
@@ -353,7 +353,7 @@ fn a_refused_finish_leaves_nothing() {
     let long = object(json!({"kind": "x".repeat(5000)}));
     assert!(matches!(start().finish(long, &sample.tensors, &sample.extra), Err(Error::Shape { .. })));
     let mut tensors = sample.tensors.clone();
-    tensors[2].data = Buffer::copy_of(bytemuck::cast_slice(&[f32::NAN; 12]));
+    tensors[2].data = Buffer::copy_of(bytemuck::cast_slice(&[f32::NAN; 12])).unwrap();
     let refused = start().finish(sample.described(), &tensors, &sample.extra);
     assert!(matches!(refused, Err(Error::OutOfRange { .. })));
     drop(start());

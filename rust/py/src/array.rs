@@ -8,9 +8,10 @@ use numpy::{
 };
 use pyo3::exceptions::{PyTypeError, PyValueError};
 use pyo3::prelude::*;
+use pyo3::pybacked::PyBackedStr;
 use pyo3::types::{PyDict, PyTuple};
 use serde_json::{Map, Value};
-use vqrs_core::error::Result;
+use vqrs_core::error::{room, Result};
 use vqrs_core::kernels::{self, Output};
 use vqrs_core::matrix::Matrix;
 use vqrs_core::tensor::{Buffer, Dtype, Tensor};
@@ -99,8 +100,9 @@ pub fn tensors_from(dict: &Bound<'_, PyDict>) -> PyResult<Vec<Tensor>> {
             }
         };
         let shape: Vec<usize> = array.getattr("shape")?.extract()?;
-        let bytes: Vec<u8> = array.call_method0("tobytes")?.extract::<&[u8]>()?.to_vec();
-        let tensor = checked(Tensor::new(name, dtype, shape, Buffer::copy_of(&bytes)))?;
+        let bytes = array.call_method0("tobytes")?;
+        let buffer = checked(Buffer::copy_of(bytes.extract::<&[u8]>()?))?;
+        let tensor = checked(Tensor::new(name, dtype, shape, buffer))?;
         if !tensor.is_finite() {
             return Err(PyValueError::new_err(format!("tensor {} holds NaN or infinity", tensor.name)));
         }
@@ -129,6 +131,14 @@ fn object_of(mapping: &Bound<'_, PyAny>, deepest: usize) -> PyResult<Map<String,
     Ok(object)
 }
 
+/// A copy of a string of Python's.
+pub fn text(string: &str) -> PyResult<String> {
+    if string.len() > LARGE / 16 {
+        checked(room("a string", &[Some(string.len())]))?;
+    }
+    Ok(string.to_owned())
+}
+
 fn to_value(name: &str, value: &Bound<'_, PyAny>, deepest: usize) -> PyResult<Value> {
     // NumPy's numbers become Python's own.
     let value = match value.hasattr("item")? {
@@ -143,8 +153,8 @@ fn to_value(name: &str, value: &Bound<'_, PyAny>, deepest: usize) -> PyResult<Va
         Ok(number.into())
     } else if let Ok(number) = value.extract::<f64>() {
         Ok(number.into())
-    } else if let Ok(text) = value.extract::<String>() {
-        Ok(text.into())
+    } else if let Ok(string) = value.extract::<PyBackedStr>() {
+        Ok(text(&string)?.into())
     } else if value.hasattr("items")? {
         Ok(Value::Object(object_of(&value, deepest)?))
     } else {

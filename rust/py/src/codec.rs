@@ -11,7 +11,7 @@ use vqrs_core::decoder::Decoder;
 use vqrs_core::error::{Error, Result};
 use vqrs_core::matrix::{Matrix, Sample};
 use vqrs_core::pool::Context;
-use vqrs_core::quantizer::{self, ErrorSums, KINDS};
+use vqrs_core::quantizer::{self, ErrorSums, BLOCK_ROWS, KINDS};
 
 /// A quantizer with the decoder it learned.
 #[pyclass(frozen, module = "vqrs._core")]
@@ -71,7 +71,7 @@ pub fn fit<'py>(
     let weights = sample_weight.as_ref().map(|w| w.as_slice()).transpose()?;
     let ctx = Context::new(n_jobs, seed);
     let (codec, codes, error) = long(py, &ctx, progress.as_ref(), || {
-        let sample = Sample::new(x, weights)?;
+        let sample = Sample::new(x, weights, &ctx)?;
         let (codec, codes) = quantizer::Codec::fit(kind, parameters, sample, keep_better_codes, &ctx)?;
         let errors = errors(x, &codes, None, &codec, &ctx)?;
         let error = errors.get("relative").and_then(Value::as_f64).unwrap_or(f64::NAN);
@@ -175,7 +175,7 @@ impl Codec {
         let x = matrix(&x)?;
         let ctx = Context::new(n_jobs, 0);
         let codes = long(py, &ctx, progress.as_ref(), || {
-            x.check()?;
+            x.check_all(&ctx)?;
             self.codec.encode(x, &ctx)
         })?;
         rows(py, codes, self.row_bytes())
@@ -196,8 +196,12 @@ impl Codec {
         let codes = codes.as_slice()?;
         let ctx = Context::new(n_jobs, 0);
         let values = long(py, &ctx, None, || {
-            if let Some(row) = self.codec.decoder().bad_row(codes) {
-                return Err(Error::shape("codes", format!("NaN or infinity in row {row}"), "codes from transform"));
+            for (block, codes) in codes.chunks(BLOCK_ROWS * width.max(1)).enumerate() {
+                ctx.check()?;
+                if let Some(row) = self.codec.decoder().bad_row(codes) {
+                    let found = format!("NaN or infinity in row {}", block * BLOCK_ROWS + row);
+                    return Err(Error::shape("codes", found, "codes from transform"));
+                }
             }
             self.codec.decode(codes, &ctx)
         })?;

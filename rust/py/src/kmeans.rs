@@ -76,7 +76,7 @@ pub fn kmeans_fit<'py>(
     let ctx = Context::new(n_jobs, seed);
     ctx.stage("k-means", max_iter.saturating_mul(n_init) as u64);
     let found = long(py, &ctx, progress.as_ref(), || {
-        let sample = Sample::new(x, weights)?;
+        let sample = Sample::new(x, weights, &ctx)?;
         kmeans.fit(sample.rows.into(), sample.weights, &ctx)
     })?;
     let labels: Vec<i32> = found.labels.into_iter().map(|l| l as i32).collect();
@@ -99,7 +99,7 @@ pub fn kmeans_predict<'py>(
     same_width(x, centers)?;
     let ctx = Context::new(n_jobs, 0);
     let (labels, distances) = long(py, &ctx, None, || {
-        x.check()?;
+        x.check_all(&ctx)?;
         assign::predict(x, centers, metric, &ctx)
     })?;
     let labels: Vec<i32> = labels.into_iter().map(|l| l as i32).collect();
@@ -120,7 +120,7 @@ pub fn kmeans_transform<'py>(
     same_width(x, centers)?;
     let ctx = Context::new(n_jobs, 0);
     let distances = long(py, &ctx, None, || {
-        x.check()?;
+        x.check_all(&ctx)?;
         assign::transform(x, centers, metric, &ctx)
     })?;
     rows(py, distances, centers.rows())

@@ -8,6 +8,7 @@ use crate::error::to_py;
 use numpy::{PyArray1, PyArray2, PyArrayMethods, PyReadonlyArray1, PyReadonlyArray2};
 use pyo3::exceptions::{PyTypeError, PyValueError};
 use pyo3::prelude::*;
+use pyo3::pybacked::PyBackedStr;
 use pyo3::types::{PyDict, PyString};
 use serde_json::{Map, Value};
 use std::collections::BTreeMap;
@@ -15,7 +16,7 @@ use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use vqrs_core::decoder::{Decoder, Metric, Segments};
-use vqrs_core::error::Error;
+use vqrs_core::error::{reserved, Error};
 use vqrs_core::kernels::Ids;
 use vqrs_core::pool::Context;
 use vqrs_core::table::{self, About, Mode, Pooling, Verify};
@@ -25,8 +26,8 @@ use vqrs_core::{quantizer, search, stream};
 /// Values below which a call keeps the GIL: giving it back costs as much as the work.
 const SHORT: usize = 1 << 14;
 
-/// Values above which a call answers Ctrl-C while it runs.
-const LONG: usize = 1 << 24;
+/// Values above which a call answers Ctrl-C while it runs: slow forms decode a hundred million bytes in a second.
+const LONG: usize = 1 << 22;
 
 /// A decoder with its codes, in memory or mapped.
 #[pyclass(frozen, module = "vqrs._core")]
@@ -87,10 +88,11 @@ fn texts(names: &Bound<'_, PyAny>) -> PyResult<Vec<String>> {
     }
     let text = |(row, name): (usize, PyResult<Bound<'_, PyAny>>)| {
         let name = name?;
-        name.extract().map_err(|_| {
+        let text = name.extract::<PyBackedStr>().map_err(|_| {
             let found = name.get_type().name().map_or_else(|_| "something else".into(), |name| name.to_string());
             PyTypeError::new_err(format!("names[{row}] is of type {found}, expected a string"))
-        })
+        })?;
+        array::text(&text)
     };
     names.try_iter()?.enumerate().map(text).collect()
 }
@@ -160,7 +162,7 @@ impl Table {
         let table = detached(py, || {
             let about =
                 About { kind: codec.kind().into(), parameters: codec.parameters(), errors, metadata: metadata.clone() };
-            let table = table::Table::new(codec.decoder().clone(), Buffer::copy_of(codes), rows, about)?;
+            let table = table::Table::new(codec.decoder().clone(), Buffer::copy_of(codes)?, rows, about)?;
             table.with_metadata(names.as_deref(), metadata)
         })?;
         Ok(Table::of(table))
@@ -195,7 +197,7 @@ impl Table {
             metadata: metadata.clone(),
         };
         let table = detached(py, || {
-            let codes = held.unwrap_or_else(|| Buffer::copy_of(codes));
+            let codes = held.map_or_else(|| Buffer::copy_of(codes), Ok)?;
             let table = table::Table::new(decoder, codes, rows, about)?;
             table.with_metadata(names.as_deref(), metadata)
         })?;
@@ -217,7 +219,8 @@ impl Table {
     ) -> PyResult<Self> {
         let decoders = codecs.iter().map(|codec| codec.codec.decoder().clone()).collect();
         let segments = checked(Segments::new(decoders, group_of.as_slice()?))?;
-        let mut all = Vec::with_capacity(segments.code_bytes());
+        // Rounded up to whole rows.
+        let mut all = checked(reserved("the codes", segments.code_bytes().checked_add(segments.rows())))?;
         for ((range, decoder), codes) in segments.groups().zip(&codes) {
             if codes.as_slice()?.len() != range.len() || codes.as_array().ncols() != decoder.row_bytes() {
                 let expected = format!("{} bytes in rows of {}", range.len(), decoder.row_bytes());
@@ -231,7 +234,7 @@ impl Table {
         let (errors, metadata) = (to_json(errors)?, strings(metadata)?);
         let about = About { kind: kind.into(), parameters: to_json(parameters)?, errors, metadata: metadata.clone() };
         let table = detached(py, || {
-            let table = table::Table::new(decoder, Buffer::copy_of(&all), rows, about)?;
+            let table = table::Table::new(decoder, Buffer::copy_of(&all)?, rows, about)?;
             table.with_metadata(names.as_deref(), metadata)
         })?;
         Ok(Table::of(table))

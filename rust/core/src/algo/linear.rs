@@ -2,7 +2,7 @@
 //! without a library of it: matrices here have as many columns as embeddings.
 
 use super::nearest::{interleave, Columns};
-use crate::error::{zeros, Error, Result};
+use crate::error::{copied, product, reserved, room, zeros, Error, Result};
 use crate::kernels::{self, Kernels, Products};
 use crate::matrix::{Matrix, Sample};
 use crate::pool::Context;
@@ -10,6 +10,11 @@ use crate::rng::{mix, Rng};
 
 /// Rows that are mapped, or added to a covariance, at a time.
 const BLOCK_ROWS: usize = 256;
+
+/// Rows of a task with so many products for each: some hundredths of a second.
+fn block_rows(products: usize) -> usize {
+    ((1 << 29) / products.max(1)).clamp(16, BLOCK_ROWS)
+}
 
 /// Vectors packed for scalar products with rows.
 #[derive(Clone)]
@@ -60,8 +65,9 @@ impl Projection {
     /// The products of all rows, on all threads.
     pub fn apply_all(&self, rows: Columns, ctx: &Context) -> Result<Vec<f32>> {
         let mut out = zeros("products of rows", rows.rows().checked_mul(self.count))?;
-        ctx.chunks(&mut out, BLOCK_ROWS * self.count, |block, out| {
-            let start = block * BLOCK_ROWS;
+        let size = block_rows(self.width * self.count);
+        ctx.chunks(&mut out, size * self.count, |block, out| {
+            let start = block * size;
             self.apply(rows.block(start..start + out.len() / self.count), out);
             Ok(())
         })?;
@@ -189,12 +195,17 @@ pub fn cross_moments(x: Columns, y: Columns, weights: Option<&[f64]>, ctx: &Cont
             let rows = block * ROWS..x.rows().min((block + 1) * ROWS);
             let left = transposed(x.block(rows.clone()), weights.map(|w| &w[rows.clone()]), unit);
             let right = Projection::of_columns(y.block(rows.clone()));
-            right.apply(Columns::contiguous(&left, rows.len()), &mut products);
+            let left = Columns::contiguous(&left, rows.len());
+            let size = block_rows(rows.len() * others);
+            for (block, products) in products.chunks_mut(size * others).enumerate() {
+                ctx.check()?;
+                right.apply(left.block(block * size..block * size + products.len() / others), products);
+            }
             sums.iter_mut().zip(&products).for_each(|(sum, value)| *sum += f64::from(*value));
         }
         Ok(sums)
     })?;
-    let mut sums = vec![0f64; width * others];
+    let mut sums: Vec<f64> = zeros("products of columns", width.checked_mul(others))?;
     for part in parts {
         sums.iter_mut().zip(part).for_each(|(sum, value)| *sum += value);
     }
@@ -230,11 +241,12 @@ pub fn transpose(matrix: &[f32], columns: usize) -> Vec<f32> {
 ///
 /// Householder's tridiagonal form, then QL iterations with implicit shifts (Wilkinson and Reinsch, 1971).
 pub fn eigen(matrix: &[f64], dim: usize, ctx: &Context) -> Result<(Vec<f64>, Vec<f32>)> {
-    let mut vectors = matrix.to_vec();
+    let mut vectors = copied("a rotation", matrix)?;
     let (mut diagonal, mut beside) = tridiagonal(&mut vectors, dim, ctx)?;
     // Rows are eigenvectors in the making: rotations then run along memory.
-    let mut rows = vec![0f64; dim * dim];
+    let mut rows: Vec<f64> = zeros("a rotation", dim.checked_mul(dim))?;
     for i in 0..dim {
+        ctx.check()?;
         for j in 0..dim {
             rows[j * dim + i] = vectors[i * dim + j];
         }
@@ -243,7 +255,7 @@ pub fn eigen(matrix: &[f64], dim: usize, ctx: &Context) -> Result<(Vec<f64>, Vec
     let mut order: Vec<usize> = (0..dim).collect();
     order.sort_by(|a, b| diagonal[*b].total_cmp(&diagonal[*a]).then(a.cmp(b)));
     let values = order.iter().map(|place| diagonal[*place].max(0.0)).collect();
-    let mut sorted = Vec::with_capacity(dim * dim);
+    let mut sorted = reserved("a rotation", dim.checked_mul(dim))?;
     for place in order {
         let row = &rows[place * dim..(place + 1) * dim];
         // The sign is free: the largest coordinate is positive, so that every machine agrees.
@@ -391,6 +403,7 @@ fn ql(diagonal: &mut [f64], beside: &mut [f64], rows: &mut [f64], dim: usize, ct
 /// Newton and Schulz's iteration: products alone (Higham, 1986). Directions that the matrix loses stay as they are.
 pub fn nearest_orthogonal(matrix: &[f32], dim: usize, ctx: &Context) -> Result<Vec<f32>> {
     const MOST: usize = 60;
+    room("a rotation", &[product(&[dim, dim, 24])])?;
     let mut x = matrix.to_vec();
     let size = largest_gain(&x, dim, ctx)?;
     if size == 0.0 {
@@ -468,7 +481,11 @@ pub fn orthonormalize(rows: &mut [f32], dim: usize, ctx: &Context) -> Result<()>
 /// Orthonormal rows, as random as a seed makes them.
 pub fn random_rotation(dim: usize, seed: u64, ctx: &Context) -> Result<Vec<f32>> {
     let mut rng = Rng::new(seed);
-    let mut rows: Vec<f32> = (0..dim * dim).map(|_| rng.normal() as f32).collect();
+    let mut rows: Vec<f32> = zeros("a rotation", dim.checked_mul(dim))?;
+    for row in rows.chunks_mut(dim) {
+        ctx.check()?;
+        row.iter_mut().for_each(|value| *value = rng.normal() as f32);
+    }
     orthonormalize(&mut rows, dim, ctx)?;
     Ok(rows)
 }
@@ -516,7 +533,7 @@ mod tests {
         let ctx = Context::new(Some(2), 0);
         for dim in [1, 2, 3, 17, 64] {
             let x = normal(3 * dim, dim, dim as u64);
-            let data = Sample::new(Matrix::new(&x, dim).unwrap(), None).unwrap();
+            let data = Sample::new(Matrix::new(&x, dim).unwrap(), None, &Context::default()).unwrap();
             let matrix = second_moments(data, &ctx).unwrap();
             let (values, vectors) = eigen(&matrix, dim, &ctx).unwrap();
             is_orthonormal(&vectors, dim, 1e-6);
@@ -568,7 +585,7 @@ mod tests {
             is_orthonormal(&rotation, dim, 1e-5);
             // A positive definite factor behind a rotation is what the polar decomposition takes off.
             let x = normal(2 * dim, dim, 4);
-            let data = Sample::new(Matrix::new(&x, dim).unwrap(), None).unwrap();
+            let data = Sample::new(Matrix::new(&x, dim).unwrap(), None, &Context::default()).unwrap();
             let positive: Vec<f32> = second_moments(data, &ctx).unwrap().iter().map(|v| *v as f32).collect();
             let product = Projection::new(&transpose(&rotation, dim), dim);
             let mixed = product.apply_all(Columns::contiguous(&positive, dim), &ctx).unwrap();

@@ -6,7 +6,7 @@
 use super::kmeans::{Init, KMeans, Rows};
 use super::nearest::{Centroids, Columns};
 use super::seeding;
-use crate::error::Result;
+use crate::error::{zeros, Result};
 use crate::pool::Context;
 use crate::rng::Rng;
 
@@ -21,7 +21,7 @@ const MOST: usize = 256;
 const STEP_ITERATIONS: usize = 10;
 
 /// Rows per centre that are looked at, and values of their projections at most.
-const ROWS_PER_CENTER: usize = 256;
+pub(super) const ROWS_PER_CENTER: usize = 256;
 const MOST_VALUES: usize = 1 << 26;
 
 /// Columns whose covariance is still worth its memory, 256 MiB.
@@ -29,6 +29,9 @@ const MOST_COLUMNS: usize = 8192;
 
 /// Rows that covariances are estimated from.
 const COVARIANCE_ROWS: usize = 8192;
+
+/// Rows between two looks at cancellation.
+const LOOK: usize = 256;
 
 /// Multiplications by the covariance: directions need not be exact, only lead.
 const POWER_STEPS: usize = 6;
@@ -44,7 +47,7 @@ pub(super) fn centers(rows: &Rows, count: usize, rng: &mut Rng, ctx: &Context) -
     let steps = steps(rows.x.width());
     let most = steps.last().copied().unwrap_or(FIRST);
     let chosen = rng.sample(rows.x.rows(), (count * ROWS_PER_CENTER).min(MOST_VALUES / most));
-    let sample = rows.gather(&chosen);
+    let sample = rows.gather(&chosen, ctx)?;
     let rows = sample.rows();
     let directions = leading_directions(rows.x, most, rng, ctx)?;
     let projected = products(rows.x, &directions, ctx)?;
@@ -52,13 +55,13 @@ pub(super) fn centers(rows: &Rows, count: usize, rng: &mut Rng, ctx: &Context) -
     let mut distinct = count;
     for width in steps {
         let part = Columns::leading(&projected, most, width);
-        let start = (!labels.is_empty()).then(|| means(part, &labels, distinct));
+        let start = (!labels.is_empty()).then(|| means(part, &labels, distinct, ctx)).transpose()?;
         let init = start.as_deref().map_or(Init::PlusPlusRounds, Init::Centers);
         let kmeans = KMeans { init, max_iter: STEP_ITERATIONS, ..KMeans::new(distinct) };
         let found = kmeans.fit(part, rows.weights(), &ctx.with_seed(rng.next_u64()))?;
         (labels, distinct) = (found.labels, found.distinct);
     }
-    Ok(means(rows.x, &labels, distinct))
+    means(rows.x, &labels, distinct, ctx)
 }
 
 /// Numbers of directions of the steps before the last, which has all columns.
@@ -68,10 +71,13 @@ fn steps(width: usize) -> Vec<usize> {
 }
 
 /// The mean of the rows of each label; the first row stands in for labels without any.
-fn means(x: Columns, labels: &[u32], count: usize) -> Vec<f32> {
+fn means(x: Columns, labels: &[u32], count: usize, ctx: &Context) -> Result<Vec<f32>> {
     let width = x.width();
     let (mut sums, mut counts) = (vec![0f64; count * width], vec![0usize; count]);
     for (row, label) in labels.iter().enumerate() {
+        if row.is_multiple_of(LOOK) {
+            ctx.check()?;
+        }
         counts[*label as usize] += 1;
         let sum = &mut sums[*label as usize * width..][..width];
         sum.iter_mut().zip(x.row(row)).for_each(|(sum, value)| *sum += f64::from(*value));
@@ -83,7 +89,7 @@ fn means(x: Columns, labels: &[u32], count: usize) -> Vec<f32> {
             _ => centers.extend(sum.iter().map(|sum| (sum / count as f64) as f32)),
         }
     }
-    centers
+    Ok(centers)
 }
 
 /// Orthonormal directions of large variance, the largest first: `count` rows, by orthogonal iteration.
@@ -104,13 +110,19 @@ fn leading_directions(x: Columns, count: usize, rng: &mut Rng, ctx: &Context) ->
 /// Sums of products of the columns' differences from their means, over a sample.
 fn covariance(x: Columns, rng: &mut Rng, ctx: &Context) -> Result<Vec<f32>> {
     let chosen = rng.sample(x.rows(), COVARIANCE_ROWS);
-    let mut columns = vec![0f32; x.width() * chosen.len()];
+    let mut columns = zeros("a sample of the rows", x.width().checked_mul(chosen.len()))?;
     for (place, row) in chosen.iter().enumerate() {
+        if place.is_multiple_of(LOOK) {
+            ctx.check()?;
+        }
         for (column, value) in x.row(*row).iter().enumerate() {
             columns[column * chosen.len() + place] = *value;
         }
     }
-    for column in columns.chunks_mut(chosen.len()) {
+    for (number, column) in columns.chunks_mut(chosen.len()).enumerate() {
+        if number.is_multiple_of(LOOK) {
+            ctx.check()?;
+        }
         let mean = (column.iter().map(|v| f64::from(*v)).sum::<f64>() / column.len() as f64) as f32;
         column.iter_mut().for_each(|v| *v -= mean);
     }
@@ -121,7 +133,7 @@ fn covariance(x: Columns, rng: &mut Rng, ctx: &Context) -> Result<Vec<f32>> {
 fn products(x: Columns, others: &[f32], ctx: &Context) -> Result<Vec<f32>> {
     const BLOCK: usize = 64;
     let packed = Centroids::new(others, x.width());
-    let mut out = vec![0f32; x.rows() * packed.len()];
+    let mut out = zeros("products of rows", x.rows().checked_mul(packed.len()))?;
     ctx.chunks(&mut out, BLOCK * packed.len(), |block, out| {
         let first = block * BLOCK;
         packed.dots_block(x.block(first..first + out.len() / packed.len()), out);

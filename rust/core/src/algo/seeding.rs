@@ -53,7 +53,7 @@ fn from_sample(
     if rows.x.rows() <= size {
         return seed(rows, count, rng, ctx);
     }
-    let sample = rows.gather(&rng.sample(rows.x.rows(), size));
+    let sample = rows.gather(&rng.sample(rows.x.rows(), size), ctx)?;
     let centers = seed(&sample.rows(), count, rng, ctx)?;
     filled_up(rows, count, centers, rng, ctx)
 }

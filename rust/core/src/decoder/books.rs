@@ -5,7 +5,7 @@
 
 use super::{take, Decoder, Form, Metric, Scorer};
 use crate::bits;
-use crate::error::{Error, Result};
+use crate::error::{product, zeros, Error, Result};
 use crate::kernels::{self, Bags, BooksView, Group, Output, Rows, Values};
 use crate::tensor::{Buffer, Dtype, Tensor};
 use serde::{Deserialize, Serialize};
@@ -94,7 +94,7 @@ impl Books {
         let (mut tensors, mut scales) = (Vec::new(), Vec::new());
         for (index, (group, values)) in groups.into_iter().enumerate() {
             let shape = vec![group.starts.len(), 1 << bits, group.width];
-            let mut padded = vec![0f32; shape.iter().product()];
+            let mut padded: Vec<f32> = zeros("the codebooks", product(&shape))?;
             let (from, to) = (group.entries * group.width, group.width << bits);
             for (book, out) in values.chunks(from).zip(padded.chunks_mut(to)) {
                 let scale = if dtype == CodebookDtype::Int8 { book_scale(book) } else { scale };
@@ -105,7 +105,7 @@ impl Books {
             tensors.push(match dtype {
                 CodebookDtype::Int8 => {
                     let entries: Vec<i8> = padded.iter().map(|v| v.round_ties_even().clamp(-TOP, TOP) as i8).collect();
-                    Tensor::new(name, Dtype::I8, shape, Buffer::copy_of(bytemuck::cast_slice(&entries)))?
+                    Tensor::new(name, Dtype::I8, shape, Buffer::copy_of(bytemuck::cast_slice(&entries))?)?
                 }
                 _ => Tensor::of_floats(name, dtype.dtype(), shape, &padded)?,
             });

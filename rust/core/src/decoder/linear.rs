@@ -269,7 +269,7 @@ fn store(matrix: &[f32], dim: usize, dtype: MatrixDtype) -> Result<Vec<Tensor>> 
     }
     let rows = shape[0];
     Ok(vec![
-        Tensor::new("rotation", Dtype::I8, shape, Buffer::copy_of(&levels))?,
+        Tensor::new("rotation", Dtype::I8, shape, Buffer::copy_of(&levels)?)?,
         Tensor::of_floats("rotation.scale", Dtype::F32, vec![rows], &scales)?,
     ])
 }

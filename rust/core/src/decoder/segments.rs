@@ -81,7 +81,7 @@ impl Segments {
             let width = map_bits(groups.len());
             let mut packed = vec![0u8; bits::row_bytes(group_of.len(), width)];
             bits::pack(group_of.iter().map(|group| u32::from(*group)), width, &mut packed);
-            tensors.push(Tensor::new("map", Dtype::U8, vec![packed.len()], Buffer::copy_of(&packed))?);
+            tensors.push(Tensor::new("map", Dtype::U8, vec![packed.len()], Buffer::copy_of(&packed)?)?);
         }
         let dim = decoders.first().map_or(0, Decoder::dim);
         Segments::from_parts(SegmentsSpec { dim, map: !sorted, groups }, &tensors)

@@ -5,7 +5,7 @@
 use super::{check_codebooks, encode_nearest, group, Encoder, Learned, Quantizer};
 use crate::bits;
 use crate::decoder::{Books, CodebookDtype, Decoder};
-use crate::error::{Error, Result};
+use crate::error::{product, room, Error, Result};
 use crate::matrix::{Matrix, Sample};
 use crate::pool::Context;
 use crate::rng::Rng;
@@ -170,6 +170,7 @@ impl Quantizer for DeduplicatingQuantizer {
 
     fn fit(&self, data: Sample, ctx: &Context) -> Result<Learned> {
         ctx.stage("rows", data.len() as u64);
+        room("the kept rows", &[product(&[data.len(), data.dim(), 16]), product(&[data.len(), 256])])?;
         let mut keeper = Keeper::new(data.dim(), self.tolerance);
         for at in 0..data.len() {
             if at % 256 == 0 {

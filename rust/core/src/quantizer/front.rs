@@ -4,7 +4,7 @@
 use super::{AnyQuantizer, Encoder, Kind, Learned, Quantizer};
 use crate::algo::linear;
 use crate::decoder::{Decoder, Join, Joining, Linear, LinearMap, MatrixDtype, Rotation};
-use crate::error::{Error, Result};
+use crate::error::{product, room, Error, Result};
 use crate::kernels::Ids;
 use crate::matrix::{Matrix, Sample};
 use crate::pool::Context;
@@ -150,6 +150,7 @@ impl<Q: Quantizer> Fronted<Q> {
     /// The map of rows that are not there yet.
     fn blank_map(&self, dim: usize) -> Result<LinearMap> {
         self.check_columns(dim)?;
+        room("the decoder", &[product(&[dim, 64])])?;
         let mean = vec![0f32; dim];
         let mean = self.front.center.then_some(&mean[..]);
         let (rotation, width) = match self.rotation() {

@@ -53,7 +53,7 @@ impl Quantizer for VectorQuantizer {
     fn blank(&self, rows: usize, dim: usize) -> Result<Decoder> {
         check_codebooks(dim, self.bits())?;
         let entries = self.n_clusters.min(rows);
-        self.books(dim, entries, vec![0.0; entries * dim])
+        self.books(dim, entries, crate::error::zeros("the codebook", entries.checked_mul(dim))?)
     }
 
     fn fit(&self, data: Sample, ctx: &Context) -> Result<Learned> {

@@ -273,7 +273,7 @@ impl Codec {
             return Err(Error::shape("X", format!("{} features", rows.dim()), expected));
         }
         let bytes = self.decoder.row_bytes();
-        let mut codes = vec![0u8; rows.rows() * bytes];
+        let mut codes = crate::error::zeros("the codes", rows.rows().checked_mul(bytes))?;
         let encode = self.quantizer.encoder(&self.decoder, ctx)?;
         ctx.stage("encode", rows.rows() as u64);
         ctx.chunks(&mut codes, BLOCK_ROWS * bytes, |index, chunk| {
@@ -292,7 +292,8 @@ impl Codec {
         if !codes.len().is_multiple_of(bytes) {
             return Err(Error::shape("codes", format!("{} bytes", codes.len()), format!("rows of {bytes} bytes")));
         }
-        let mut out = vec![0f32; codes.len() / bytes * self.decoder.dim()];
+        let rows = codes.len() / bytes;
+        let mut out = crate::error::zeros("the rows", rows.checked_mul(self.decoder.dim()))?;
         ctx.chunks(&mut out, BLOCK_ROWS * self.decoder.dim(), |index, chunk| {
             let range = Ids::Range { start: index * BLOCK_ROWS, len: chunk.len() / self.decoder.dim() };
             self.decoder.decode(codes, range, chunk);
@@ -349,7 +350,7 @@ impl ErrorSums {
     ) -> Result<()> {
         weights.map_or(Ok(()), check_weights)?;
         let dim = rows.dim();
-        let mut parts = vec![(0f64, 0f64); rows.rows()];
+        let mut parts: Vec<(f64, f64)> = crate::error::zeros("the errors of rows", Some(rows.rows()))?;
         ctx.chunks(&mut parts, BLOCK_ROWS, |index, parts| {
             let start = index * BLOCK_ROWS;
             let mut decoded = vec![0f32; parts.len() * dim];
@@ -370,9 +371,12 @@ impl ErrorSums {
         self.rows += rows.rows() as f64;
         self.columns.resize(dim, 0.0);
         ctx.chunks(&mut self.columns, SUM_COLUMNS, |index, sums| {
-            for row in rows.data().chunks(dim) {
-                let values = &row[index * SUM_COLUMNS..];
-                sums.iter_mut().zip(values).for_each(|(sum, value)| *sum += f64::from(*value));
+            for rows in rows.data().chunks(BLOCK_ROWS * dim) {
+                ctx.check()?;
+                for row in rows.chunks(dim) {
+                    let values = &row[index * SUM_COLUMNS..];
+                    sums.iter_mut().zip(values).for_each(|(sum, value)| *sum += f64::from(*value));
+                }
             }
             Ok(())
         })

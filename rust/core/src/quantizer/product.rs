@@ -9,7 +9,7 @@ use crate::algo::kmeans::KMeans;
 use crate::algo::linear::{cross_moments, eigen, identity, nearest_orthogonal, second_moments, Projection};
 use crate::algo::nearest::{squared_distance, Centroids, Columns, Parts};
 use crate::decoder::{Books, CodebookDtype, Decoder, GroupSpec};
-use crate::error::Result;
+use crate::error::{reserved, zeros, Result};
 use crate::matrix::{Matrix, Sample};
 use crate::pool::Context;
 use crate::rng::Rng;
@@ -171,7 +171,8 @@ impl Quantizer for ProductQuantizer {
         check_codebooks(dim, self.n_bits)?;
         let entries = rows.min(1 << self.n_bits);
         let parts = split(dim, self.n_subvectors.min(dim));
-        self.books(dim, entries, parts.iter().map(|(_, width)| vec![0.0; entries * width]).collect())
+        let zeros = |(_, width): &(usize, usize)| zeros("the codebooks", entries.checked_mul(*width));
+        self.books(dim, entries, parts.iter().map(zeros).collect::<Result<_>>()?)
     }
 
     fn fit(&self, data: Sample, ctx: &Context) -> Result<Learned> {
@@ -211,7 +212,8 @@ impl Quantizer for ProductQuantizer {
         let dim = data.dim();
         let wanted = (ROWS_PER_ENTRY << self.n_bits).max(ROWS_PER_COLUMN * dim).min(MOST_ROWS);
         let chosen = Rng::new(ctx.seed).sample(data.len(), wanted);
-        let rows: Vec<f32> = chosen.iter().flat_map(|row| data.rows.row(*row)).copied().collect();
+        let mut rows = reserved("a sample of the rows", chosen.len().checked_mul(dim))?;
+        rows.extend(chosen.iter().flat_map(|row| data.rows.row(*row)));
         let weights: Option<Vec<f64>> = data.weights.map(|all| chosen.iter().map(|row| all[*row]).collect());
         let weights = weights.as_deref().filter(|all| all.iter().any(|weight| *weight > 0.0));
         let sample = Sample { rows: Matrix::new(&rows, dim)?, weights };
@@ -243,7 +245,7 @@ fn means(rows: Matrix, weights: Option<&[f64]>, books: &mut [Vec<f32>], ctx: &Co
     let centers = |((start, width), book): (&(usize, usize), &Vec<f32>)| (*start, Centroids::new(book, *width));
     let parts = Parts::new(places.iter().zip(&*books).map(centers).collect(), dim);
     // Labels of a block of rows, part after part.
-    let mut labels = vec![0u32; rows.rows() * books.len()];
+    let mut labels: Vec<u32> = zeros("the codes", rows.rows().checked_mul(books.len()))?;
     ctx.chunks(&mut labels, BLOCK_ROWS * books.len(), |block, labels| {
         let start = block * BLOCK_ROWS;
         parts.nearest_block(Columns::from(rows.block(start..start + labels.len() / places.len())), labels);
@@ -254,7 +256,7 @@ fn means(rows: Matrix, weights: Option<&[f64]>, books: &mut [Vec<f32>], ctx: &Co
             (row / BLOCK_ROWS * BLOCK_ROWS, BLOCK_ROWS.min(rows.rows() - row / BLOCK_ROWS * BLOCK_ROWS));
         labels[block * places.len() + part * count + row - block] as usize
     };
-    let mut decoded = vec![0f32; rows.data().len()];
+    let mut decoded = zeros("decoded rows", Some(rows.data().len()))?;
     let mut error = 0.0;
     for (part, ((start, width), book)) in places.iter().zip(books).enumerate() {
         ctx.check()?;

@@ -10,7 +10,7 @@ use super::residual::{Found, ResidualQuantizer};
 use super::{check_codebooks, group, within, Encoder, Learned, Quantizer, Turning};
 use crate::bits;
 use crate::decoder::{Books, CodebookDtype, Decoder, GroupSpec};
-use crate::error::{Error, Result};
+use crate::error::{product, zeros, Error, Result};
 use crate::matrix::{Matrix, Sample};
 use crate::pool::Context;
 use serde::{Deserialize, Serialize};
@@ -119,8 +119,8 @@ impl Quantizer for ProductResidualQuantizer {
         self.check_size(dim)?;
         let entries = rows.min(1 << self.n_bits);
         let parts = split(dim, self.n_subvectors.min(dim));
-        let zeros = |(_, width): &(usize, usize)| vec![0.0; self.n_stages * entries * width];
-        self.books(dim, entries, parts.iter().map(zeros).collect())
+        let zeros = |(_, width): &(usize, usize)| zeros("the codebooks", product(&[self.n_stages, entries, *width]));
+        self.books(dim, entries, parts.iter().map(zeros).collect::<Result<_>>()?)
     }
 
     fn fit(&self, data: Sample, ctx: &Context) -> Result<Learned> {
@@ -142,7 +142,7 @@ impl Quantizer for ProductResidualQuantizer {
         }
         let decoder = self.books(data.dim(), entries, books)?;
         let bytes = decoder.row_bytes();
-        let mut packed = crate::error::zeros("the codes", data.len().checked_mul(bytes))?;
+        let mut packed = zeros("the codes", data.len().checked_mul(bytes))?;
         for (row, out) in packed.chunks_mut(bytes).enumerate() {
             let fields = codes.iter().flat_map(|part| part.row(row));
             bits::pack(fields.map(|field| u32::from(*field)), self.n_bits, out);

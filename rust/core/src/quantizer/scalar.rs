@@ -370,11 +370,13 @@ impl ScalarQuantizer {
         let (rules, table) = (self.rules(None), self.table());
         ctx.stage("ranges", data.dim() as u64);
         ctx.map(data.dim(), |column| {
-            let values: Vec<f32> = data.rows.data().iter().skip(column).step_by(data.dim()).copied().collect();
+            let mut values = crate::error::reserved("a column", Some(data.len()))?;
+            values.extend(data.rows.data().iter().skip(column).step_by(data.dim()));
             ctx.advance(1);
             if let Some(table) = &table {
                 let chooser = Chooser { table, search: self.search(), stored: None };
-                return Ok(Grid { step: chooser.choose(&values, &mut vec![0; values.len()]), low: 0.0 });
+                let mut places = crate::error::zeros("a column", Some(values.len()))?;
+                return Ok(Grid { step: chooser.choose(&values, &mut places), low: 0.0 });
             }
             rules.choose(&values, ctx)
         })

@@ -8,7 +8,7 @@ use crate::algo::kmeans::KMeans;
 use crate::algo::nearest::{Centroids, Columns};
 use crate::bits;
 use crate::decoder::{Books, CodebookDtype, Decoder};
-use crate::error::{Error, Result};
+use crate::error::{product, reserved, room, zeros, Error, Result};
 use crate::matrix::{Matrix, Sample};
 use crate::pool::Context;
 use serde::{Deserialize, Serialize};
@@ -69,6 +69,7 @@ impl TreeQuantizer {
     /// Clusters the rows of each node. Returns the next level and the most iterations.
     fn split(&self, data: Sample, level: &Level, ctx: &Context) -> Result<(Level, usize)> {
         let (dim, count) = (data.dim(), level.centers.len() / data.dim());
+        room("the nodes", &[product(&[data.len(), 16]), product(&[count, self.branching, dim, 8])])?;
         let mut members = vec![Vec::new(); count];
         for (row, node) in level.nodes.iter().enumerate() {
             members[*node as usize].push(row);
@@ -83,7 +84,9 @@ impl TreeQuantizer {
             true => ctx.map(count, |node| cluster(node, &ctx.serial()))?,
             false => (0..count).map(|node| cluster(node, ctx)).collect::<Result<Vec<_>>>()?,
         };
-        let mut next = Level { nodes: vec![0; data.len()], centers: Vec::with_capacity(count * self.branching * dim) };
+        let nodes = zeros("the nodes", Some(data.len()))?;
+        let size = product(&[count, self.branching, dim]);
+        let mut next = Level { nodes, centers: reserved("the nodes", size)? };
         let mut n_iter = 0;
         for (node, (children, members)) in found.iter().zip(&members).enumerate() {
             for (row, label) in members.iter().zip(&children.labels) {
@@ -101,7 +104,8 @@ impl TreeQuantizer {
         if members.is_empty() {
             return Ok(Children { centers: center.repeat(self.branching), labels: Vec::new(), n_iter: 0 });
         }
-        let rows: Vec<f32> = members.iter().flat_map(|row| data.rows.row(*row)).copied().collect();
+        let mut rows = reserved("the rows of a node", members.len().checked_mul(dim))?;
+        rows.extend(members.iter().flat_map(|row| data.rows.row(*row)));
         let weights: Option<Vec<f64>> = data.weights.map(|all| members.iter().map(|row| all[*row]).collect());
         let weights = weights.as_deref().filter(|all| all.iter().any(|weight| *weight > 0.0));
         let clusters = self.branching.min(members.len());
@@ -199,7 +203,7 @@ impl Quantizer for TreeQuantizer {
     fn blank(&self, _: usize, dim: usize) -> Result<Decoder> {
         let (leaves, bits) = self.bits()?;
         check_codebooks(dim, bits)?;
-        self.books(dim, crate::error::zeros("the leaves", leaves.checked_mul(dim))?)
+        self.books(dim, zeros("the leaves", leaves.checked_mul(dim))?)
     }
 
     fn fit(&self, data: Sample, ctx: &Context) -> Result<Learned> {
@@ -219,7 +223,7 @@ impl Quantizer for TreeQuantizer {
         }
         let decoder = self.books(data.dim(), level.centers)?;
         let bytes = decoder.row_bytes();
-        let mut codes = crate::error::zeros("the codes", data.len().checked_mul(bytes))?;
+        let mut codes = zeros("the codes", data.len().checked_mul(bytes))?;
         for (leaf, code) in level.nodes.iter().zip(codes.chunks_mut(bytes)) {
             bits::pack([*leaf].into_iter(), bits, code);
         }

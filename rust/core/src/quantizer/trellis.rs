@@ -4,7 +4,7 @@
 use super::{within, Encoder, Front, Learned, Quantizer, Turning};
 use crate::algo::trellis::{self, even_bits, Layout, Search, MOST_BITS, MOST_STATE_BITS};
 use crate::decoder::{Decoder, Trellis, TrellisSpec, MOST_SCALE_BITS};
-use crate::error::{Error, Result};
+use crate::error::{product, Error, Result};
 use crate::matrix::{Matrix, Sample};
 use crate::pool::Context;
 use serde::{Deserialize, Serialize};
@@ -312,6 +312,7 @@ impl TrellisQuantizer {
 fn sizes(data: Sample, layout: &Layout, columns: &[f32], ctx: &Context) -> Result<Sizes> {
     let size = Size::new(layout, columns);
     let every = data.len().div_ceil(SCALED_ROWS);
+    crate::error::room("the sizes of rows", &[product(&[data.len().div_ceil(every), 64])])?;
     let found = ctx.map(data.len().div_ceil(every).div_ceil(SUM_ROWS), |part| {
         let rows = (part * SUM_ROWS * every..data.len().min((part + 1) * SUM_ROWS * every)).step_by(every);
         Ok(rows.map(|row| (size.of(data.rows.row(row)), data.weight(row))).collect::<Vec<_>>())

@@ -4,7 +4,7 @@ pub mod format;
 pub mod map;
 
 use crate::decoder::Decoder;
-use crate::error::{Error, Result};
+use crate::error::{product, reserved, room, Error, Result};
 use crate::kernels::{Bags, Ids, Output, Rows};
 use crate::pool::Context;
 use crate::tensor::{Buffer, Dtype, Tensor};
@@ -32,6 +32,9 @@ const TASK_ROWS: usize = 4096;
 
 /// Ids of one bag that are pooled between two looks at cancellation.
 const PART_IDS: i64 = 1 << 16;
+
+/// Values of a row, and bags, from which what a call takes beside its output is large.
+const WIDE: usize = 1 << 14;
 
 /// Most rows of a table that stores nothing for each: what a few bytes of a file may claim.
 const MOST_ROWS: usize = 1 << 40;
@@ -254,7 +257,10 @@ impl Table {
             return Err(Error::shape("out", format!("{} values", out.len()), expected));
         }
         self.watch();
-        self.touch_ids(ids)?;
+        if self.dim() > WIDE {
+            room("rows", &[self.scratch(ids.len(), ctx)])?;
+        }
+        self.touch_ids(ids, ctx)?;
         let parallel = wanted >= PARALLEL_VALUES && ctx.threads() > 1;
         let stream = out.bytes() > if parallel { PARALLEL_STREAM_BYTES } else { self.decoder.stream_bytes() };
         let rows = |range: Range<usize>| Rows { codes: self.codes(), ids, range, stream };
@@ -303,7 +309,11 @@ impl Table {
             }
         }
         self.watch();
-        self.touch_ids(ids)?;
+        if self.dim() > WIDE || offsets.len() > WIDE {
+            let tasks = product(&[offsets.len(), size_of::<(Range<usize>, Output)>() + 16]);
+            room("a pool", &[tasks, self.scratch(ids.len(), ctx)])?;
+        }
+        self.touch_ids(ids, ctx)?;
         let tasks = out.split(bag_tasks(&borders), self.dim());
         let small = ids.len() * self.dim() < PARALLEL_VALUES;
         let ctx = if small { &ctx.serial() } else { ctx };
@@ -441,15 +451,29 @@ impl Table {
         self.file.as_ref().map_or(Ok(()), |file| file.touch(rows))
     }
 
-    fn touch_ids(&self, ids: Ids) -> Result<()> {
+    fn touch_ids(&self, ids: Ids, ctx: &Context) -> Result<()> {
         let Some(file) = self.file.as_ref().filter(|file| file.is_lazy()) else { return Ok(()) };
-        if !self.decoder.rows_apart() {
-            return file.touch(0..self.rows);
-        }
-        match ids {
-            Ids::Range { start, len } => file.touch(start..start + len),
-            _ => (0..ids.len()).try_for_each(|index| file.touch(ids.get(index)..ids.get(index) + 1)),
-        }
+        let range = match ids {
+            _ if !self.decoder.rows_apart() => 0..self.rows,
+            Ids::Range { start, len } => start..start + len,
+            _ => {
+                return (0..ids.len()).try_for_each(|index| {
+                    if index.is_multiple_of(64) {
+                        ctx.check()?;
+                    }
+                    file.touch(ids.get(index)..ids.get(index) + 1)
+                })
+            }
+        };
+        range.clone().step_by(TASK_ROWS).try_for_each(|start| {
+            ctx.check()?;
+            file.touch(start..range.end.min(start + TASK_ROWS))
+        })
+    }
+
+    /// Bytes that decoding takes beside what it fills.
+    fn scratch(&self, ids: usize, ctx: &Context) -> Option<usize> {
+        product(&[ids.min(128 * ctx.threads()), self.dim(), 16])
     }
 
     /// Fails once the mapped file was found cut. Called behind every read.
@@ -519,23 +543,22 @@ impl Names {
 }
 
 /// The same tensors in memory of their own.
-fn copies(tensors: &[Tensor]) -> Vec<Tensor> {
-    tensors.iter().map(|tensor| Tensor { data: Buffer::copy_of(tensor.data.bytes()), ..tensor.clone() }).collect()
+fn copies(tensors: &[Tensor]) -> Result<Vec<Tensor>> {
+    let copy = |tensor: &Tensor| Ok(Tensor { data: Buffer::copy_of(tensor.data.bytes())?, ..tensor.clone() });
+    tensors.iter().map(copy).collect()
 }
 
 /// The tensors that carry names of rows.
 pub fn names_tensors(names: &[String]) -> Result<(Tensor, Tensor)> {
-    let text = names.concat();
-    let ends: Vec<u64> = names
-        .iter()
-        .scan(0, |end, name| {
-            *end += name.len() as u64;
-            Some(*end)
-        })
-        .collect();
+    let length = names.iter().try_fold(0usize, |sum, name| sum.checked_add(name.len()));
+    let (mut text, mut ends) = (reserved("the names", length)?, reserved::<u64>("the names", Some(names.len()))?);
+    for name in names {
+        text.extend_from_slice(name.as_bytes());
+        ends.push(text.len() as u64);
+    }
     Ok((
-        Tensor::new(NAMES, Dtype::U8, vec![text.len()], Buffer::copy_of(text.as_bytes()))?,
-        Tensor::new(NAME_ENDS, Dtype::U64, vec![ends.len()], Buffer::copy_of(bytemuck::cast_slice(&ends)))?,
+        Tensor::new(NAMES, Dtype::U8, vec![text.len()], Buffer::copy_of(&text)?)?,
+        Tensor::new(NAME_ENDS, Dtype::U64, vec![ends.len()], Buffer::copy_of(bytemuck::cast_slice(&ends))?)?,
     ))
 }
 
@@ -583,7 +606,9 @@ fn bag_borders(offsets: &[i64], ids: usize) -> Result<Vec<i64>> {
     if offsets.is_empty() && ids > 0 {
         return Err(wrong("no numbers".into()));
     }
-    let borders = [offsets, &[ids as i64]].concat();
+    let mut borders = reserved("the offsets", offsets.len().checked_add(1))?;
+    borders.extend_from_slice(offsets);
+    borders.push(ids as i64);
     match borders.windows(2).position(|pair| pair[1] < pair[0]).filter(|_| !offsets.is_empty()) {
         Some(last) if last + 1 == offsets.len() => Err(wrong(format!("{} at position {last}", borders[last]))),
         Some(at) => Err(wrong(format!("{} at position {}, after {}", borders[at + 1], at + 1, borders[at]))),
@@ -623,11 +648,12 @@ pub fn check_ids(ids: Ids, rows: usize) -> Result<Option<Vec<i64>>> {
         return Ok(None);
     }
     let wrap = |id: i64| id.wrapping_add((id >> 63) & rows as i64);
-    let wrapped: Vec<i64> = match ids {
-        Ids::I32(ids) => ids.iter().map(|id| wrap((*id).into())).collect(),
-        Ids::I64(ids) => ids.iter().map(|id| wrap(*id)).collect(),
-        Ids::Range { .. } => Vec::new(),
-    };
+    let mut wrapped: Vec<i64> = reserved("the ids", Some(ids.len()))?;
+    match ids {
+        Ids::I32(ids) => wrapped.extend(ids.iter().map(|id| wrap((*id).into()))),
+        Ids::I64(ids) => wrapped.extend(ids.iter().map(|id| wrap(*id))),
+        Ids::Range { .. } => {}
+    }
     if let Some(position) = wrapped.iter().position(|row| *row < 0 || *row > last) {
         let id = match ids {
             Ids::I32(ids) => ids[position].into(),

@@ -44,7 +44,7 @@ impl KMeans<'_> {
         while done < steps {
             ctx.check()?;
             let chosen: Vec<usize> = (0..size).map(|_| rng.below(n)).collect();
-            let batch = rows.gather(&chosen);
+            let batch = rows.gather(&chosen, ctx)?;
             let (inertia, shift) = self.step(&mut state, &batch.rows(), rng, ctx)?;
             done += 1;
             if done % per_pass == 0 {

@@ -10,7 +10,7 @@ mod sums;
 
 use super::nearest::{squared_distance, Centroids, Columns};
 use super::{progressive, seeding};
-use crate::error::{Error, Result};
+use crate::error::{product, reserved, room, Error, Result};
 use crate::pool::Context;
 use crate::rng::Rng;
 
@@ -106,14 +106,17 @@ impl Rows<'_> {
     }
 
     /// A copy of some rows.
-    pub(super) fn gather(&self, chosen: &[usize]) -> OwnedRows {
-        let mut values = Vec::with_capacity(chosen.len() * self.x.width());
-        chosen.iter().for_each(|row| values.extend_from_slice(self.x.row(*row)));
-        OwnedRows {
+    pub(super) fn gather(&self, chosen: &[usize], ctx: &Context) -> Result<OwnedRows> {
+        let mut values = reserved("a copy of rows", chosen.len().checked_mul(self.x.width()))?;
+        for rows in chosen.chunks(BLOCK) {
+            ctx.check()?;
+            rows.iter().for_each(|row| values.extend_from_slice(self.x.row(*row)));
+        }
+        Ok(OwnedRows {
             values,
             weights: self.weights.map(|weights| chosen.iter().map(|row| weights[*row]).collect()),
             width: self.x.width(),
-        }
+        })
     }
 }
 
@@ -162,7 +165,7 @@ impl<'a> KMeans<'a> {
         if self.metric == Metric::Euclidean {
             return self.fit_rows(&Rows { x, weights }, ctx);
         }
-        let owned = normalized(x, weights);
+        let owned = normalized(x, weights, ctx)?;
         let mut clusters = self.fit_rows(&owned.rows(), ctx)?;
         clusters.inertia = cosine_inertia(&owned.rows(), weights, &clusters, ctx)?;
         Ok(clusters)
@@ -184,6 +187,7 @@ impl<'a> KMeans<'a> {
             let expected = format!("one for each of the {} rows", x.rows());
             return Err(Error::shape("sample_weight", format!("{found} values"), expected));
         }
+        room("a clustering", &[self.bytes(x)])?;
         match self.init {
             Init::Centers(centers) if centers.len() != self.n_clusters * x.width() => {
                 let expected = format!("{} x {}", self.n_clusters, x.width());
@@ -193,12 +197,24 @@ impl<'a> KMeans<'a> {
         }
     }
 
+    /// About the bytes that a clustering takes beside its rows.
+    fn bytes(&self, x: Columns) -> Option<usize> {
+        /// Of each row: labels, distances, bounds, orders. Of each value of a centre: centres, panels, sums in float64.
+        const OF_ROW: usize = 64;
+        const OF_CENTER: usize = 40;
+        let copied = if self.metric == Metric::Cosine { x.rows() } else { self.max_samples.unwrap_or(0).min(x.rows()) };
+        let sampled = self.n_clusters.saturating_mul(progressive::ROWS_PER_CENTER).min(x.rows());
+        let of_rows = product(&[x.rows(), OF_ROW])?;
+        let of_copies = product(&[copied.checked_add(sampled)?, x.width(), 4])?;
+        of_rows.checked_add(of_copies)?.checked_add(product(&[self.n_clusters, x.width(), OF_CENTER])?)
+    }
+
     /// The centres alone: spares the last pass over the rows.
     pub fn learn(&self, x: Columns, weights: Option<&[f64]>, ctx: &Context) -> Result<Codebook> {
         self.check(x, weights)?;
         let run = match self.metric {
             Metric::Euclidean => self.learn_rows(&Rows { x, weights }, ctx)?,
-            Metric::Cosine => self.learn_rows(&normalized(x, weights).rows(), ctx)?,
+            Metric::Cosine => self.learn_rows(&normalized(x, weights, ctx)?.rows(), ctx)?,
         };
         Ok(self.filled(run.centers, run.n_iter, x.width()))
     }
@@ -212,7 +228,8 @@ impl<'a> KMeans<'a> {
 
     fn learn_rows(&self, all: &Rows, ctx: &Context) -> Result<Run> {
         let rng = Rng::new(ctx.seed);
-        match self.max_samples.and_then(|size| sub_sample(all, size, &mut rng.stream(u64::MAX))) {
+        match self.max_samples.map(|size| sub_sample(all, size, &mut rng.stream(u64::MAX), ctx)).transpose()?.flatten()
+        {
             None => self.best_run(all, &rng, ctx),
             Some(sample) => Ok(Run { labels: None, ..self.best_run(&sample.rows(), &rng, ctx)? }),
         }
@@ -352,26 +369,29 @@ fn variance(rows: &Rows, ctx: &Context) -> Result<f64> {
 }
 
 /// At most `size` rows of positive weight; `None` if that is all of them.
-fn sub_sample(rows: &Rows, size: usize, rng: &mut Rng) -> Option<OwnedRows> {
+fn sub_sample(rows: &Rows, size: usize, rng: &mut Rng, ctx: &Context) -> Result<Option<OwnedRows>> {
     if rows.x.rows() <= size {
-        return None;
+        return Ok(None);
     }
     let heavy: Vec<usize> = (0..rows.x.rows()).filter(|row| rows.pull(*row) > 0.0).collect();
     let chosen: Vec<usize> = rng.sample(heavy.len(), size).into_iter().map(|place| heavy[place]).collect();
-    (!chosen.is_empty()).then(|| rows.gather(&chosen))
+    (!chosen.is_empty()).then(|| rows.gather(&chosen, ctx)).transpose()
 }
 
 /// Rows on the unit sphere; rows of zeros stay and lose their weight, because they pull nowhere.
-pub(super) fn normalized(x: Columns, weights: Option<&[f64]>) -> OwnedRows {
+pub(super) fn normalized(x: Columns, weights: Option<&[f64]>, ctx: &Context) -> Result<OwnedRows> {
     let all = Rows { x, weights };
-    let mut owned = all.gather(&(0..x.rows()).collect::<Vec<_>>());
+    let mut owned = all.gather(&(0..x.rows()).collect::<Vec<_>>(), ctx)?;
     let mut pulls = Vec::with_capacity(x.rows());
     for (row, values) in owned.values.chunks_exact_mut(x.width()).enumerate() {
+        if row.is_multiple_of(BLOCK) {
+            ctx.check()?;
+        }
         normalize(values);
         pulls.push(if values.iter().all(|v| *v == 0.0) { 0.0 } else { all.pull(row) });
     }
     owned.weights = Some(pulls);
-    owned
+    Ok(owned)
 }
 
 fn normalize(values: &mut [f32]) {

@@ -2,7 +2,7 @@
 
 use crate::algo::nearest::Columns;
 use crate::decoder::power_of_two;
-use crate::error::{Error, Result};
+use crate::error::{product, zeros, Error, Result};
 use crate::kernels::{self, Descent, Kick, BEAM_PADDING};
 use crate::matrix::Matrix;
 use crate::pool::Context;
@@ -45,7 +45,8 @@ impl Search {
         let tables = || stages.tables.iter().flatten();
         let largest = tables().map(|table| table.iter().fold(0f32, |m, v| m.max(v.abs()))).fold(0.0, f32::max);
         let scale = power_of_two(largest);
-        let mut pairs = vec![0u16; books * books * size + BEAM_PADDING];
+        let count = product(&[books, books, size]).and_then(|count| count.checked_add(BEAM_PADDING));
+        let mut pairs = zeros("products of codebooks", count)?;
         ctx.chunks(&mut pairs[..books * books * size], size, |index, out| {
             let (book, other) = (index / books, index % books);
             let table = &stages.tables[book.max(other)];

@@ -4,7 +4,7 @@
 //! computed for a partial code.
 
 use crate::algo::nearest::{Centroids, Columns};
-use crate::error::Result;
+use crate::error::{copied, product, reserved, zeros, Result};
 use crate::kernels::{self, Extension, BEAM_PADDING};
 use crate::matrix::{Matrix, Sample};
 use crate::pool::Context;
@@ -119,7 +119,7 @@ impl Stages {
         if self.tables_fit(self.len() + 1) {
             for stage in 0..self.len() {
                 let size = self.entries * self.entries;
-                let mut table = vec![0f32; size + BEAM_PADDING];
+                let mut table = zeros("products of codebooks", Some(size + BEAM_PADDING))?;
                 let book = Matrix::new(self.book(stage), self.dim)?;
                 ctx.chunks(&mut table[..size], 64 * self.entries, |index, chunk| {
                     let rows = book.block(index * 64..index * 64 + chunk.len() / self.entries);
@@ -133,7 +133,10 @@ impl Stages {
         }
         self.tables.push(tables);
         self.packed.push(packed);
-        self.centers.extend(centers);
+        let mut all = reserved("the codebooks", self.centers.len().checked_add(centers.len()))?;
+        all.append(&mut self.centers);
+        all.extend(centers);
+        self.centers = all;
         Ok(())
     }
 
@@ -141,11 +144,11 @@ impl Stages {
     pub(in crate::quantizer) fn replace(&mut self, centers: Vec<f32>, ctx: &Context) -> Result<()> {
         let size = self.entries * self.dim;
         *self = Stages::new(self.dim, self.entries);
-        centers.chunks(size).try_for_each(|book| self.push(book.to_vec(), ctx))
+        centers.chunks(size).try_for_each(|book| self.push(copied("the codebooks", book)?, ctx))
     }
 
     pub(in crate::quantizer) fn encode(&self, rows: Matrix, beam: usize, ctx: &Context) -> Result<Codes> {
-        let mut values = vec![0u16; rows.rows() * self.len()];
+        let mut values = zeros("the codes", rows.rows().checked_mul(self.len()))?;
         ctx.chunks(&mut values, BLOCK_ROWS * self.len(), |index, chunk| {
             let start = index * BLOCK_ROWS;
             let mut beams = Beams::new(chunk.len() / self.len());
@@ -175,13 +178,15 @@ impl Stages {
         let (stage, count) = (beams.stage, beams.count());
         let with_tables = self.tables_fit(self.len());
         let keep = beam.min(count * self.entries);
-        let mut scores = vec![0f32; beams.rows * keep];
-        let mut paths = vec![0u16; beams.rows * keep * (stage + 1)];
+        let mut scores = zeros("partial codes", product(&[beams.rows, keep]))?;
+        let mut paths = zeros("partial codes", product(&[beams.rows, keep, stage + 1]))?;
         // Partial codes whose products are taken: all the same for a row if there are tables.
         let branches = if with_tables { 1 } else { count };
         let step = (PRODUCTS / (branches * self.entries)).clamp(1, beams.rows);
-        let mut products = vec![0f32; step * branches * self.entries + BEAM_PADDING];
-        let mut partial = vec![0f32; if with_tables { 0 } else { step * count * self.dim }];
+        let size = product(&[step, branches, self.entries]).and_then(|size| size.checked_add(BEAM_PADDING));
+        let mut products = zeros("products of partial codes", size)?;
+        let size = if with_tables { Some(0) } else { product(&[step, count, self.dim]) };
+        let mut partial: Vec<f32> = zeros("what partial codes leave", size)?;
         for first in (0..beams.rows).step_by(step) {
             ctx.check()?;
             let last = beams.rows.min(first + step);

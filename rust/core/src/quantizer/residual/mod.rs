@@ -13,7 +13,7 @@ use crate::algo::kmeans::KMeans;
 use crate::algo::nearest::Columns;
 use crate::bits;
 use crate::decoder::{Books, CodebookDtype, Decoder};
-use crate::error::{Error, Result};
+use crate::error::{copied, product, room, zeros, Error, Result};
 use crate::matrix::{Matrix, Sample};
 use crate::pool::Context;
 use beam::{Beams, Codes, Stages};
@@ -61,11 +61,14 @@ impl ResidualQuantizer {
         let kmeans = KMeans { max_iter: self.max_iter, tol: self.tol, ..KMeans::new(entries) };
         let mut stages = Stages::new(dim, entries);
         let blocks = data.rows.data().chunks(BLOCK_ROWS * dim);
+        let kept = product(&[data.len(), self.beam_width, 2 * self.n_stages + 4]).is_some_and(|all| all <= MAX_BEAMS);
+        // What is kept of partial codes, and a copy of the rows.
+        let fields = if kept { self.beam_width.saturating_mul(2 * self.n_stages + 4) } else { 4 + 2 * self.n_stages };
+        room("a fit of stages", &[product(&[data.len(), fields]), product(&[data.len(), dim, 4])])?;
         let mut beams: Vec<Beams> = blocks.map(|block| Beams::new(block.len() / dim)).collect();
-        let kept = data.len() * self.beam_width * (2 * self.n_stages + 4) <= MAX_BEAMS;
         let (mut n_iter, mut fewest) = (0, entries);
         ctx.stage("k-means", (self.n_stages * self.max_iter) as u64);
-        let mut residual = data.rows.data().to_vec();
+        let mut residual = copied("what is left of the rows", data.rows.data())?;
         for number in 0..self.n_stages {
             let seeded = ctx.with_seed(ctx.seed.wrapping_add(number as u64));
             let found = kmeans.learn(Columns::from(Matrix::new(&residual, dim)?), data.weights, &seeded)?;
@@ -125,7 +128,7 @@ impl ResidualQuantizer {
     pub(super) fn finish(&self, found: Found) -> Result<Learned> {
         let Found { stages, codes, n_iter, notes } = found;
         let decoder = self.books(stages.dim, stages.entries, stages.centers)?;
-        let mut packed = vec![0u8; codes.len() * decoder.row_bytes()];
+        let mut packed = zeros("the codes", codes.len().checked_mul(decoder.row_bytes()))?;
         for (row, code) in packed.chunks_mut(decoder.row_bytes()).enumerate() {
             pack(codes.row(row), self.n_bits, code);
         }
@@ -178,7 +181,7 @@ impl Quantizer for ResidualQuantizer {
     fn blank(&self, rows: usize, dim: usize) -> Result<Decoder> {
         check_codebooks(self.n_stages.saturating_mul(dim), self.n_bits)?;
         let entries = rows.min(1 << self.n_bits);
-        self.books(dim, entries, vec![0.0; self.n_stages * entries * dim])
+        self.books(dim, entries, zeros("the codebooks", product(&[self.n_stages, entries, dim]))?)
     }
 
     fn fit(&self, data: Sample, ctx: &Context) -> Result<Learned> {

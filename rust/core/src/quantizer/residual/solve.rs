@@ -1,7 +1,7 @@
 //! All codebooks together, for given codes: least squares by conjugate gradients.
 
 use super::beam::{Codes, Stages};
-use crate::error::Result;
+use crate::error::{product, room, zeros, Result};
 use crate::matrix::Sample;
 use crate::pool::Context;
 
@@ -36,6 +36,7 @@ impl Stages {
     ) -> Result<Vec<f32>> {
         // Relative to the largest, weights of any magnitude are good numbers in float32.
         let largest = data.weights.map_or(1.0, |weights| weights.iter().fold(0.0, |a: f64, b| a.max(*b)));
+        room("a least squares fit", &[product(&[data.len(), 4])])?;
         let weights: Vec<f32> = (0..data.len()).map(|row| (data.weight(row) / largest) as f32).collect();
         let counts = self.counts(&weights, codes);
         let slices = ctx.map(self.dim.div_ceil(COLUMNS), |slice| {
@@ -44,7 +45,7 @@ impl Stages {
             Solver { stages: self, from, steps, data, weights: &weights, codes, counts: &counts, start, width }
                 .solve(ctx)
         })?;
-        let mut centers = vec![0f32; from.len()];
+        let mut centers: Vec<f32> = zeros("the codebooks", Some(from.len()))?;
         for (slice, values) in slices.iter().enumerate() {
             for (entry, values) in centers.chunks_mut(self.dim).zip(values) {
                 entry[slice * COLUMNS..].iter_mut().zip(values).for_each(|(center, value)| *center = *value);
