@@ -30,7 +30,7 @@ UNSAFE_HOMES = [
 ]
 
 PYTHON_LAYERS = {
-    **dict.fromkeys(["_core", "reference", "metrics", "_validation", "_bytes", "_progress"], 0),
+    **dict.fromkeys(["_core", "reference", "metrics", "_validation", "_bytes", "_progress", "_interrupt"], 0),
     **dict.fromkeys(["table", "_encode", "_ladders", "_search", "_compress", "_readers"], 1),
     **dict.fromkeys(["_base", "cluster", "quantizers", "mixed", "_tune"], 2),
     **dict.fromkeys(["__init__", "__main__", "_commands", "cli", "demo", "bench", "torch"], 3),

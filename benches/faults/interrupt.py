@@ -80,7 +80,17 @@ class Work:
 
     def make(self, number: int) -> tuple[str, Callable[[], object], Callable[[], object]]:
         """What it is, the call, and a small one that shows that the object is usable."""
-        makers = [self.fit, self.fit, self.fit, self.read, self.read, self.keep, self.compress, self.clusters, self.encode]
+        makers = [
+            self.fit,
+            self.fit,
+            self.fit,
+            self.read,
+            self.read,
+            self.keep,
+            self.compress,
+            self.clusters,
+            self.encode,
+        ]
         return makers[number % len(makers)]()
 
     def some_rows(self) -> np.ndarray:

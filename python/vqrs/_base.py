@@ -17,7 +17,7 @@ from numpy.typing import ArrayLike, NDArray
 from vqrs import _core
 from vqrs._encode import encode_table
 from vqrs._progress import CallbackSteps, printed_progress
-from vqrs._validation import as_codes, as_jobs, as_matrix, as_parameters, as_seed, as_weights, is_frame
+from vqrs._validation import as_codes, as_jobs, as_matrix, as_parameters, as_seed, as_size, as_weights, is_frame
 
 try:
     from sklearn.base import BaseEstimator, ClassNamePrefixFeaturesOutMixin, TransformerMixin, _fit_context
@@ -293,7 +293,8 @@ class Quantizer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Estimator):
         int
             Bytes, all counted: header, codes, codebooks, checksums, padding.
         """
-        return _core.estimate(self._kind, self._core_parameters(), n_rows, n_features)
+        sizes = as_size(n_rows, "n_rows"), as_size(n_features, "n_features")
+        return _core.estimate(self._kind, self._core_parameters(), *sizes)
 
     def compress(
         self,

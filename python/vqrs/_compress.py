@@ -19,7 +19,7 @@ from vqrs._encode import encode_table, table_from_codes
 from vqrs._ladders import Candidate, Family, default_parameters, families_for
 from vqrs._progress import printed_progress
 from vqrs._search import EFFORTS, Effort, Fitted, Search
-from vqrs._validation import RandomState, as_jobs, as_matrix, as_parameters, as_seed, as_weights, is_frame
+from vqrs._validation import RandomState, as_jobs, as_matrix, as_parameters, as_seed, as_size, as_weights, is_frame
 from vqrs.table import Table
 from vqrs.table import open as open_table
 
@@ -193,7 +193,7 @@ def estimate(n_rows: int, n_features: int, method: Any = "product", **parameters
     kind, parameters, _ = read_method(method, parameters, None)
     if kind is None:
         raise ValueError(f"method is needed: one of {', '.join(default_parameters())}")
-    return _core.estimate(kind, parameters, n_rows, n_features)
+    return _core.estimate(kind, parameters, as_size(n_rows, "n_rows"), as_size(n_features, "n_features"))
 
 
 # ---- what the user asks for ----------------------------------------------------------------------------------------

@@ -14,8 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vqrs import _core
-from vqrs._ladders import BALANCED, BEST, FAST, Candidate, Family, Ladder, default_parameters
 from vqrs._interrupt import interruptible
+from vqrs._ladders import BALANCED, BEST, FAST, Candidate, Family, Ladder, default_parameters
 from vqrs._validation import as_matrix
 
 FIT_ROWS = 262_144
@@ -429,7 +429,9 @@ def _read_sample(x: Any, weights: NDArray[np.float64] | None, generator: np.rand
         sample, numbers = Sample(as_matrix(x, "x"), weights), None
     else:
         numbers = _draw(len(x), weights, FIT_ROWS, generator)
-        sample = Sample(as_matrix(interruptible(x.__getitem__, numbers), "x"), None if weights is None else weights[numbers])
+        sample = Sample(
+            as_matrix(interruptible(x.__getitem__, numbers), "x"), None if weights is None else weights[numbers]
+        )
     # Here and not in the core, where trials would name a row by its place in their sample.
     if not interruptible(_all_finite, sample.rows):
         row, column = np.argwhere(~np.isfinite(sample.rows))[0]

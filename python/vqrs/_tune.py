@@ -17,9 +17,9 @@ from vqrs import _core
 from vqrs._bytes import format_bytes, parse_bytes
 from vqrs._compress import compress, is_sliceable, read_effort, read_method
 from vqrs._encode import LARGEST_BOUND_DIM, RowSample
+from vqrs._interrupt import interruptible
 from vqrs._ladders import families_for
 from vqrs._progress import printed_progress
-from vqrs._interrupt import interruptible
 from vqrs._search import Search
 from vqrs._validation import RandomState, as_jobs, as_matrix, as_seed, as_weights
 from vqrs.metrics import Spectrum, above_bound_db

@@ -5,6 +5,7 @@ Values, shapes and parameters are judged in Rust; here only containers, dtypes, 
 
 from __future__ import annotations
 
+import operator
 import reprlib
 import sys
 from collections.abc import Iterator, Mapping
@@ -140,6 +141,22 @@ def as_seed(random_state: RandomState) -> int:
         f"random_state={random_state!r} cannot be used to seed: pass None, an int in [0, 2**64), "
         "a numpy RandomState or a numpy Generator."
     )
+
+
+def as_size(value: int, name: str) -> int:
+    """A size in 64 bits.
+
+    Raises
+    ------
+    TypeError
+        Not an int.
+    ValueError
+        One of more bits.
+    """
+    size = operator.index(value)
+    if size.bit_length() > 63:
+        raise ValueError(f"{name} has {size.bit_length()} bits: sizes have up to 63")
+    return size
 
 
 def as_jobs(n_jobs: int | None) -> int | None:

@@ -20,6 +20,9 @@ from vqrs._validation import as_jobs, as_matrix, as_seed, as_weights
 
 __all__ = ["KMeans"]
 
+MOST = 2**63 - 1
+"""As good as any larger number of rows, runs or iterations."""
+
 
 class KMeans(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, Estimator):
     """k-means clustering: takes the place of ``sklearn.cluster.KMeans``, for dense data, in float32.
@@ -195,13 +198,13 @@ class KMeans(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, Es
             x,
             int(self.n_clusters),
             init=init,
-            n_init=n_init,
+            n_init=min(n_init, MOST),
             sample_weight=weights,
-            max_iter=int(self.max_iter),
+            max_iter=min(int(self.max_iter), MOST),
             tol=float(self.tol),
             metric=self.metric,
-            batch_size=self.batch_size,
-            max_samples=self.max_samples,
+            batch_size=None if self.batch_size is None else min(self.batch_size, MOST),
+            max_samples=None if self.max_samples is None else min(self.max_samples, MOST),
             seed=as_seed(self.random_state),
             n_jobs=as_jobs(self.n_jobs),
             progress=progress,

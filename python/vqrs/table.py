@@ -481,10 +481,8 @@ class Table:
 
     def _row_numbers(self, ids: Any) -> NDArray[Any]:
         """Row numbers as the compiled module takes them, in the shape that they were given."""
-        if getattr(ids, "nbytes", 0) > LARGE:
-            array = interruptible(as_ids, ids, len(self))
-        else:
-            array = as_ids(ids, len(self))
+        large = getattr(ids, "nbytes", 0) > LARGE
+        array = interruptible(as_ids, ids, len(self)) if large else as_ids(ids, len(self))
         if array.dtype.kind != "O":
             return array
         numbers = [self._row_of_name(name, position) for position, name in enumerate(array.flat)]

@@ -7,6 +7,8 @@ use crate::error::{Error, Result};
 use rayon::prelude::*;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::thread::ThreadId;
+use std::time::{Duration, Instant};
 
 /// A pool, and the next one in the list.
 struct Pool {
@@ -131,7 +133,19 @@ pub struct Context {
     threads: OnceLock<usize>,
     /// Seed of everything random.
     pub seed: u64,
+    watch: Option<Watch>,
     shared: Arc<Shared>,
+}
+
+/// How often a watch asks.
+const WATCHED: Duration = Duration::from_millis(50);
+
+/// Who tells, on one thread, whether a call is to stop.
+#[derive(Clone, Debug)]
+struct Watch {
+    stop: fn() -> bool,
+    thread: ThreadId,
+    start: Instant,
 }
 
 /// What a context has in common with its copies.
@@ -139,6 +153,8 @@ pub struct Context {
 struct Shared {
     cancelled: AtomicBool,
     progress: Progress,
+    /// When the watch was last asked, in milliseconds from its start.
+    asked: AtomicU64,
 }
 
 impl Default for Context {
@@ -150,7 +166,7 @@ impl Default for Context {
 impl Context {
     /// A context with `n_jobs` threads (see [`threads`]) and a seed.
     pub fn new(n_jobs: Option<i64>, seed: u64) -> Self {
-        Context { n_jobs, threads: OnceLock::new(), seed, shared: Arc::default() }
+        Context { n_jobs, threads: OnceLock::new(), seed, watch: None, shared: Arc::default() }
     }
 
     /// Threads that this call may use.
@@ -179,12 +195,36 @@ impl Context {
         self.shared.cancelled.store(true, Ordering::Relaxed);
     }
 
+    /// The same context, whose checks on the calling thread now and then ask `stop` whether to cancel: for work that
+    /// stays on the thread which signals are answered on.
+    pub fn watched(self, stop: fn() -> bool) -> Self {
+        let watch = Watch { stop, thread: std::thread::current().id(), start: Instant::now() };
+        Context { watch: Some(watch), ..self }
+    }
+
     /// Fails once [`Context::cancel`] was called. Cheap: call it once a block of rows.
     pub fn check(&self) -> Result<()> {
-        if self.shared.cancelled.load(Ordering::Relaxed) {
+        if self.shared.cancelled.load(Ordering::Relaxed) || self.watch.as_ref().is_some_and(|watch| self.asks(watch)) {
             return Err(Error::Interrupted);
         }
         Ok(())
+    }
+
+    /// Asks the watch if it is time; cancels if it says so.
+    fn asks(&self, watch: &Watch) -> bool {
+        if watch.thread != std::thread::current().id() {
+            return false;
+        }
+        let (now, last) = (watch.start.elapsed(), self.shared.asked.load(Ordering::Relaxed));
+        if now < Duration::from_millis(last) + WATCHED {
+            return false;
+        }
+        self.shared.asked.store(now.as_millis() as u64, Ordering::Relaxed);
+        let stops = (watch.stop)();
+        if stops {
+            self.cancel();
+        }
+        stops
     }
 
     /// Where progress can be read.

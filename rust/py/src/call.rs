@@ -28,6 +28,27 @@ pub fn detached<T: Send>(py: Python<'_>, work: impl FnOnce() -> Result<T> + Send
     py.detach(|| catch_unwind(AssertUnwindSafe(work))).map_err(panicked)?.map_err(to_py)
 }
 
+/// A call that may last, of work whose checks are mostly made on this thread: without the GIL and on this thread, which
+/// answers Ctrl-C where `ctx`, made by [`watched`], is checked.
+pub fn answering<T: Send>(py: Python<'_>, work: impl FnOnce() -> Result<T> + Send) -> PyResult<T> {
+    let outcome = detached(py, work);
+    PyErr::take(py).map_or(outcome, Err)
+}
+
+/// A context for [`answering`].
+pub fn watched(ctx: Context) -> Context {
+    ctx.watched(|| {
+        Python::attach(|py| match py.check_signals() {
+            Ok(()) => false,
+            // Until this thread is back: see `answering`.
+            Err(error) => {
+                error.restore(py);
+                true
+            }
+        })
+    })
+}
+
 /// A call that can last: `work` runs on a thread of its own while this one waits for it, answers Ctrl-C by cancelling
 /// `ctx`, and calls `progress(stage, done, total)`.
 pub fn long<T: Send>(

@@ -2,7 +2,7 @@
 
 use crate::address;
 use crate::array::{self, checked, matrix, tensors, tensors_from, to_json, view, Rows};
-use crate::call::{detached, long, short};
+use crate::call::{answering, detached, long, short, watched};
 use crate::codec::Codec;
 use crate::error::to_py;
 use numpy::{PyArray1, PyArray2, PyArrayMethods, PyReadonlyArray1, PyReadonlyArray2};
@@ -26,13 +26,22 @@ use vqrs_core::{quantizer, search, stream};
 /// Values below which a call keeps the GIL: giving it back costs as much as the work.
 const SHORT: usize = 1 << 14;
 
-/// Values above which a call answers Ctrl-C while it runs: slow forms decode a hundred million bytes in a second.
-const LONG: usize = 1 << 22;
+/// Values above which another thread does the work, so that this one answers Ctrl-C in all of it.
+const LONG: usize = 1 << 24;
 
 /// A decoder with its codes, in memory or mapped.
 #[pyclass(frozen, module = "vqrs._core")]
 pub struct Table {
     inner: RwLock<Option<Arc<table::Table>>>,
+}
+
+/// The context of a call for so many values.
+fn context(n_jobs: Option<i64>, values: usize) -> Context {
+    let ctx = Context::new(n_jobs, 0);
+    match values {
+        SHORT..LONG => watched(ctx),
+        _ => ctx,
+    }
 }
 
 /// Runs short work at once, longer work without the GIL, and long work so that Ctrl-C is answered.
@@ -44,7 +53,7 @@ fn run(
 ) -> PyResult<()> {
     match values {
         ..SHORT => short(work),
-        SHORT..LONG => detached(py, work),
+        SHORT..LONG => answering(py, work),
         _ => long(py, ctx, None, work),
     }
 }
@@ -342,9 +351,10 @@ impl Table {
         let shape = array.shape_of_rows(table.dim());
         let Some(rows) = Rows::new(py, out, &shape, dtype)? else { return Ok(None) };
         let ids = array.get()?;
-        let ctx = Context::new(n_jobs, 0);
+        let values = ids.len().saturating_mul(table.dim());
+        let ctx = context(n_jobs, values);
         rows.fill(|out| {
-            run(py, ids.len().saturating_mul(table.dim()), &ctx, || {
+            run(py, values, &ctx, || {
                 let wrapped = rows_of(ids, &table, true)?;
                 table.lookup(wrapped.as_deref().map_or(ids, Ids::I64), out, &ctx)
             })
@@ -369,10 +379,9 @@ impl Table {
         }
         let len = stop - start;
         let Some(rows) = Rows::new(py, out, &[len, table.dim()], dtype)? else { return Ok(None) };
-        let ctx = Context::new(n_jobs, 0);
-        rows.fill(|out| {
-            run(py, len.saturating_mul(table.dim()), &ctx, || table.lookup(Ids::Range { start, len }, out, &ctx))
-        })?;
+        let values = len.saturating_mul(table.dim());
+        let ctx = context(n_jobs, values);
+        rows.fill(|out| run(py, values, &ctx, || table.lookup(Ids::Range { start, len }, out, &ctx)))?;
         Ok(Some(rows.into_any()))
     }
 
@@ -394,9 +403,10 @@ impl Table {
         let (ids, offsets) = (array.get()?, offsets.as_slice()?);
         let weights = weights.as_ref().map(|w| w.as_slice()).transpose()?;
         let Some(rows) = Rows::new(py, out, &[offsets.len(), table.dim()], dtype)? else { return Ok(None) };
-        let ctx = Context::new(n_jobs, 0);
+        let values = ids.len().saturating_add(offsets.len()).saturating_mul(table.dim());
+        let ctx = context(n_jobs, values);
         rows.fill(|out| {
-            run(py, ids.len().saturating_add(offsets.len()).saturating_mul(table.dim()), &ctx, || {
+            run(py, values, &ctx, || {
                 let wrapped = rows_of(ids, &table, true)?;
                 let ids = wrapped.as_deref().map_or(ids, Ids::I64);
                 table.pool(ids, offsets, weights, pooling, out, &ctx)
@@ -420,7 +430,7 @@ impl Table {
         let ids = address::ids(ids, count, wide)?;
         let values = count.saturating_mul(table.dim());
         let out = address::output(out, values, dtype)?;
-        let ctx = Context::default().at_most(threads);
+        let ctx = context(None, values).at_most(threads);
         run(py, values, &ctx, || {
             rows_of(ids, &table, false)?;
             table.lookup(ids, out, &ctx)
@@ -455,8 +465,9 @@ impl Table {
         };
         let weights = weights.map(|weights| address::values(weights, count)).transpose()?;
         let out = address::output(out, bags.saturating_mul(table.dim()), dtype)?;
-        let ctx = Context::default().at_most(threads);
-        run(py, count.saturating_add(bags).saturating_mul(table.dim()), &ctx, || {
+        let values = count.saturating_add(bags).saturating_mul(table.dim());
+        let ctx = context(None, values).at_most(threads);
+        run(py, values, &ctx, || {
             rows_of(ids, &table, false)?;
             table.pool(ids, offsets, weights, pooling, out, &ctx)
         })

@@ -265,9 +265,10 @@ impl Table {
         let stream = out.bytes() > if parallel { PARALLEL_STREAM_BYTES } else { self.decoder.stream_bytes() };
         let rows = |range: Range<usize>| Rows { codes: self.codes(), ids, range, stream };
         if !parallel {
-            for start in (0..ids.len()).step_by(TASK_ROWS) {
+            // A row may take the time of a disk: few between two looks at cancellation.
+            for start in (0..ids.len()).step_by(PARALLEL_ROWS) {
                 ctx.check()?;
-                let range = start..ids.len().min(start + TASK_ROWS);
+                let range = start..ids.len().min(start + PARALLEL_ROWS);
                 let out = out.slice(range.start * self.dim()..range.end * self.dim());
                 self.decoder.decode_rows(&rows(range), out);
             }

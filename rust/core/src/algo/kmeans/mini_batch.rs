@@ -38,7 +38,7 @@ impl KMeans<'_> {
         let (n, width) = (rows.x.rows(), rows.x.width());
         let counts = vec![0.0; centers.len() / width];
         let mut state = MiniBatch { centers, counts, since: 0, smoothed: None, lowest: f64::INFINITY, waited: 0 };
-        let steps = (self.max_iter as u128 * n as u128).div_ceil(size as u128) as usize;
+        let steps = (self.max_iter as u128 * n as u128).div_ceil(size as u128).min(usize::MAX as u128) as usize;
         let per_pass = n.div_ceil(size);
         let mut done = 0;
         while done < steps {
