@@ -171,7 +171,9 @@ def call_codec(random):
     ways = {
         "decode": lambda: codec.decode(np.ascontiguousarray(codes)),
         "encode": lambda: codec.encode(np.ascontiguousarray(x)),
-        "errors": lambda: _core.reconstruction_errors(x[:9], np.ascontiguousarray(codes), codec),
+        "errors": lambda: _core.reconstruction_errors(
+            np.zeros((9, codec.dim), np.float32), np.ascontiguousarray(codes), codec
+        ),
         "table": lambda: _core.Table.from_codec(codec, np.ascontiguousarray(codes), errors={}),
     }
     name = list(ways)[way]
@@ -329,7 +331,7 @@ def limited(call, limit: int) -> str:
     late = signal.alarm(0) == 0
     if os.WIFSIGNALED(status):
         return f"ended by signal {os.WTERMSIG(status)}" + " of the watchdog" * late
-    return answer
+    return answer or f"ended with {os.waitstatus_to_exitcode(status)} and no answer"
 
 
 HELD = ("fine", "MemoryError", "ValueError", "IndexError", "TableError", "TableCorruptError")
