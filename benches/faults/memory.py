@@ -168,12 +168,11 @@ def call_codec(random):
     # What fits is work, not memory.
     if len(x) > 1 << 12 and x.size < 1 << 29:
         x = x[: 1 << 12]
+    few = np.zeros((9, codec.dim), np.float32)
     ways = {
         "decode": lambda: codec.decode(np.ascontiguousarray(codes)),
         "encode": lambda: codec.encode(np.ascontiguousarray(x)),
-        "errors": lambda: _core.reconstruction_errors(
-            np.zeros((9, codec.dim), np.float32), np.ascontiguousarray(codes), codec
-        ),
+        "errors": lambda: _core.reconstruction_errors(few, np.ascontiguousarray(codes), codec),
         "table": lambda: _core.Table.from_codec(codec, np.ascontiguousarray(codes), errors={}),
     }
     name = list(ways)[way]
