@@ -40,7 +40,7 @@ fn table(decoder: Decoder, rows: usize) -> Table {
     let mut rng = Rng::new(1);
     let bytes = rows * decoder.row_bytes();
     let codes: Vec<u8> = (0..bytes.div_ceil(8)).flat_map(|_| rng.next_u64().to_le_bytes()).take(bytes).collect();
-    Table::new(decoder, Buffer::copy_of(&codes), rows, About::default()).expect("whole rows")
+    Table::new(decoder, Buffer::copy_of(&codes).unwrap(), rows, About::default()).expect("whole rows")
 }
 
 /// Books of 256 entries: side by side where they fill the row exactly, else on top of each other.

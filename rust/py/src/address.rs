@@ -97,7 +97,7 @@ pub fn intact_at(addresses: Vec<usize>) -> PyResult<()> {
 /// A buffer of an array's bytes, without copying: later writes to the array are seen.
 pub fn borrow(array: &Bound<'_, PyArray2<u8>>) -> PyResult<Buffer> {
     if array.len() == 0 {
-        return Ok(Buffer::copy_of(&[]).map_err(crate::error::to_py)?);
+        return Buffer::copy_of(&[]).map_err(crate::error::to_py);
     }
     if !array.is_c_contiguous() {
         return Err(PyTypeError::new_err("codes must be C-contiguous"));
