@@ -148,7 +148,7 @@ impl Table {
     pub fn save(&self, path: &Path, durable: bool, ctx: &Context) -> Result<u64> {
         let (tensors, extra) = (self.decoder.tensors(), self.extra()?);
         // Copies, so that what is written below is what was found intact.
-        let (tensors, extra) = (copies(&tensors), copies(&extra));
+        let (tensors, extra) = (copies(&tensors)?, copies(&extra)?);
         self.intact()?;
         let mut writer = Writer::create(path, self.layout(&extra), durable)?;
         ctx.stage("save", self.rows as u64);
@@ -191,7 +191,7 @@ impl Table {
     /// How codes are read, in memory of its own: for whoever outlives the file.
     pub fn own_decoder(&self) -> Result<Decoder> {
         self.watch();
-        let decoder = self.decoder.with_tensors(&copies(&self.decoder.tensors()))?;
+        let decoder = self.decoder.with_tensors(&copies(&self.decoder.tensors())?)?;
         self.intact()?;
         Ok(decoder)
     }
