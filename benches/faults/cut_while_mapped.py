@@ -445,10 +445,11 @@ FAULTS = [
         "a file cut while mapped, modules of torch read",
         HOLDS,
         functools.partial(cuts, threads=8, torch=True),
-        40,
+        28,
         1_000,
         part="torch",
         torch=True,
+        slow=True,
         needs=has_torch,
     ),
     Fault(

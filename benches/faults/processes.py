@@ -396,6 +396,7 @@ FAULTS = [
         20,
         1_000,
         part="preload",
+        slow=True,
         needs=forks,
     ),
     Fault(
