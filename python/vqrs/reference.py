@@ -25,14 +25,17 @@ import functools
 import itertools
 import json
 import math
+import os
 import statistics
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 __all__ = [
+    "File",
     "best_levels",
     "decode",
     "decode_books",
@@ -62,11 +65,14 @@ __all__ = [
     "pool",
     "project",
     "random_sign",
+    "read_table",
     "row_bytes",
     "search",
     "trellis_layout",
     "trellis_levels",
     "unpack_bits",
+    "xxh3_64",
+    "xxh3_128",
 ]
 
 Tensors = Mapping[str, NDArray[Any]]
@@ -1483,3 +1489,299 @@ def pool(
     bags = np.split(values, np.asarray(offsets)[1:])
     zeros = np.zeros(values.shape[1])
     return np.array([combine(bag, axis=0) if len(bag) else zeros for bag in bags], np.float32)
+
+
+# ---- the file ------------------------------------------------------------------------------------------------------
+
+BLOCK = 64 * 1024
+"""Bytes that share a checksum."""
+
+MAGIC = b"\x89vqrs\r\n\x1a"
+"""What a footer starts with."""
+
+STORED = {"U8": "u1", "I8": "i1", "U64": "<u8", "F16": "<f2", "BF16": "<u2", "F32": "<f4"}
+"""NumPy's names of the types of tensors; NumPy has no bfloat16."""
+
+SECRET = bytes.fromhex(
+    "b8fe6c3923a44bbe7c01812cf721ad1cded46de9839097db7240a4a4b7b3671fcb79e64eccc0e578825ad07dccff7221"
+    "b8084674f743248ee03590e6813a264c3c2852bb91c300cb88d0658b1b532ea371644897a20df94e3819ef46a9deacd8"
+    "a8fa763fe39c343ff9dcbbc7c70b4f1d8a51e04bcdb45931c89f7ec9d9787364eac5ac8334d3ebc3c581a0fffa1363eb"
+    "170ddd51b7f0da49d316552629d4689e2b16be587d47a1fc8ff8b8d17ad031ce45cb3a8f95160428afd7fbcabb4b407e"
+)
+"""What XXH3 mixes data with."""
+
+PRIMES_32 = 0x9E3779B1, 0x85EBCA77, 0xC2B2AE3D
+PRIMES_64 = 0x9E3779B185EBCA87, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9, 0x85EBCA77C2B2AE63, 0x27D4EB2F165667C5
+WORD = 2**64 - 1
+
+
+class File(NamedTuple):
+    """A table file, as :func:`read_table` finds it."""
+
+    description: dict[str, Any]
+    """What the table says of itself."""
+    metadata: dict[str, str]
+    """The user's own strings."""
+    tensors: dict[str, NDArray[Any]]
+    """Every tensor by name, as stored (bfloat16 as uint16)."""
+
+    def rows(self) -> NDArray[np.float32]:
+        """All rows, decoded."""
+        return decode(self.description["decoder"], self.tensors, self.tensors["codes"])
+
+
+def read_table(path: str | os.PathLike[str]) -> File:
+    """A table file, looked at byte by byte: its header, its layout, its checksums and its pads.
+
+    Parameters
+    ----------
+    path : path-like
+        A file of the profile ``vqrs-table/1``.
+
+    Returns
+    -------
+    File
+        What it holds.
+
+    Raises
+    ------
+    ValueError
+        It is no such file, or it is damaged; the message says where.
+
+    Examples
+    --------
+    >>> import os, tempfile, vqrs
+    >>> path = os.path.join(tempfile.mkdtemp(), "rows.safetensors")
+    >>> n_bytes = vqrs.compress(np.eye(3), method="scalar", dtype="float16").save(path)
+    >>> read_table(path).rows()
+    array([[1., 0., 0.],
+           [0., 1., 0.],
+           [0., 0., 1.]], dtype=float32)
+    """
+    content = Path(path).read_bytes()
+    size = 8 + int.from_bytes(content[:8], "little")
+    _require(4096 <= size <= min(len(content), 8 + 2**24) and size % 4096 == 0, "the header is cut or has a wrong size")
+    text = content[8:size].rstrip(b" ")
+    _require(text[:1] == b"{" and text[-1:] == b"}", "the header is not an object padded with spaces")
+    header = _json(text.decode())
+    metadata = header.pop("__metadata__", None)
+    _require(isinstance(metadata, dict) and all(isinstance(value, str) for value in metadata.values()), "no metadata")
+    _require("vqrs" in metadata and metadata.pop("format", None) == "pt", "not the metadata of a table")
+    description = _json(metadata.pop("vqrs"))
+    _require(isinstance(description, dict), "the description is not an object")
+    if description.get("profile") != "vqrs-table/1":
+        raise ValueError(f"profile {description.get('profile')!r}, expected 'vqrs-table/1'")
+    required = description.get("requires")
+    _require(isinstance(required, list) and all(isinstance(name, str) for name in required), "no list of requirements")
+    if required:
+        raise ValueError(f"requires features that this reader does not know: {', '.join(required)}")
+    _check_layout(header, size, len(content))
+    _require(_same([description.get("rows"), description.get("row_bytes")], header["codes"]["shape"]), "other rows")
+    places = {name: slice(*(size + at for at in info["data_offsets"])) for name, info in header.items()}
+    tensors = {
+        name: np.frombuffer(content[places[name]], STORED[info["dtype"]]).reshape(info["shape"])
+        for name, info in header.items()
+    }
+    _check_content(content, size, places, tensors)
+    decoder = description.get("decoder")
+    _require(isinstance(decoder, dict) and "form" in decoder, "no decoder")
+    if decoder["form"] not in FORMS:
+        raise ValueError(f"unknown decoder form {decoder['form']!r}: expected one of {', '.join(sorted(FORMS))}")
+    _require(_same(description.get("dim"), decoder.get("dim")), "another dim than the decoder's")
+    for key in ("parameters", "errors"):
+        _require(isinstance(description.get(key, {}), dict), f"{key} is no object")
+    return File(description, metadata, tensors)
+
+
+def _require(holds: bool, what: str) -> None:
+    if not holds:
+        raise ValueError(f"not a table, or damaged: {what}")
+
+
+def _same(found: Any, expected: Any) -> bool:
+    """Equal, and of equal types: 1, 1.0 and true are three values."""
+    if isinstance(expected, list):
+        return isinstance(found, list) and len(found) == len(expected) and all(map(_same, found, expected))
+    return type(found) is type(expected) and bool(found == expected)
+
+
+def _json(text: str) -> Any:
+    """JSON without second meanings: no key twice, no number that is none, no text that is not Unicode."""
+
+    def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
+        for text in itertools.chain.from_iterable(items):
+            if isinstance(text, str):
+                text.encode()
+        found = dict(items)
+        _require(len(found) == len(items), "a key stands twice in an object")
+        return found
+
+    def constant(name: str) -> None:
+        raise ValueError(f"{name} is not JSON")
+
+    def number(digits: str) -> float:
+        _require(math.isfinite(float(digits)), f"the number {digits[:40]} is too large")
+        return float(digits)
+
+    def integer(digits: str) -> int | float:
+        # What 64 bits do not hold is a float, and so is -0.
+        whole = number(digits) if len(digits) > 20 else int(digits)
+        return whole if -(2**63) <= whole < 2**64 and digits != "-0" else number(digits)
+
+    try:
+        found = json.loads(
+            text, object_pairs_hook=pairs, parse_constant=constant, parse_float=number, parse_int=integer
+        )
+    except RecursionError:
+        raise ValueError("JSON that is too deep") from None
+    return found
+
+
+def _check_layout(header: dict[str, Any], size: int, length: int) -> None:
+    """Places the tensors again, from their names, types and shapes; nothing may differ."""
+    own = [name for name in header if not name.startswith("__pad.")]
+    _require(len(own) >= 3 and (own[0], *own[-2:]) == ("codes", "vqrs.blocks", "vqrs.footer"), "other tensors")
+    _require(len(header) <= 4096, "more than 4096 tensors")
+    decoder = [name for name in own[1:-2] if not name.startswith("vqrs.")]
+    _require(own[1 : 1 + len(decoder)] == decoder, "decoder tensors behind others")
+    placed: dict[str, dict[str, Any]] = {}
+    at = size
+
+    def put(name: str, dtype: str, shape: list[int]) -> None:
+        nonlocal at
+        end = at + math.prod(shape) * np.dtype(STORED[dtype]).itemsize
+        placed[name] = {"dtype": dtype, "shape": shape, "data_offsets": [at - size, end - size]}
+        at = end
+
+    def align() -> None:
+        if at % 64:
+            pads = sum(name.startswith("__pad.") for name in placed)
+            put(f"__pad.{pads}", "U8", [-at % 64])
+
+    for name in own[:-2]:
+        info = header[name]
+        _require(isinstance(info, dict) and set(info) == {"dtype", "shape", "data_offsets"}, f"{name} is no tensor")
+        dtype, shape = info["dtype"], info["shape"]
+        _require(isinstance(dtype, str) and dtype in STORED and isinstance(shape, list), f"the type of {name}")
+        _require(len(shape) <= 8 and all(type(n) is int and n >= 0 for n in shape), f"the shape of {name}")
+        _require(
+            name == "codes" or len(shape) <= 1 or 0 not in shape, f"{name} has no values and another shape than [0]"
+        )
+        _require(name != "" and (name == "codes" or not name.startswith("__")), f"the name {name!r}")
+        _require(len(name.encode()) <= 512, "a name of more than 512 bytes")
+        align()
+        put(name, dtype, shape)
+    shape = header["codes"]["shape"]
+    _require(header["codes"]["dtype"] == "U8" and len(shape) == 2 and shape[1] <= 2**31, "the codes")
+    align()
+    put("vqrs.blocks", "U64", [-(-at // BLOCK)])
+    align()
+    put("vqrs.footer", "U8", [32])
+    _require(list(placed) == list(header), "other tensors, or in another order")
+    for name, info in placed.items():
+        found = header[name]
+        _require(isinstance(found, dict) and set(found) == set(info), f"{name} is no tensor")
+        _require(all(_same(found[key], info[key]) for key in info), f"{name} stands elsewhere")
+    _require(at == length, f"{length} bytes, expected {at}")
+
+
+def _check_content(content: bytes, size: int, places: Mapping[str, slice], tensors: Mapping[str, NDArray[Any]]) -> None:
+    """Checksums of all bytes, pads of zeros, numbers that are finite."""
+    blocks, footer = content[places["vqrs.blocks"]], content[places["vqrs.footer"]]
+    _require(footer[:8] == MAGIC and footer[24:] == len(content).to_bytes(8, "little"), "the footer")
+    _require(footer[8:24] == xxh3_128(content[:size] + blocks), "the header's checksum")
+    body = content[: places["vqrs.blocks"].start]
+    for number in range(len(blocks) // 8):
+        found = xxh3_64(body[number * BLOCK : (number + 1) * BLOCK], number)
+        _require(found == blocks[8 * number : 8 * number + 8], f"the checksum of block {number}")
+    _require(not any(content[places["vqrs.blocks"].stop : places["vqrs.footer"].start]), "a pad that is not zero")
+    for name, values in tensors.items():
+        if name.startswith("__pad."):
+            _require(not values.any(), f"{name} is not zero")
+        elif values.dtype == np.uint16:
+            _require(bool(np.all(values & 0x7F80 != 0x7F80)), f"{name} holds NaN or infinity")
+        elif values.dtype.kind == "f":
+            _require(bool(np.isfinite(values).all()), f"{name} holds NaN or infinity")
+
+
+def xxh3_64(data: bytes, seed: int = 0) -> bytes:
+    """The checksum XXH3-64 of Collet of more than 16 bytes, little-endian.
+
+    Examples
+    --------
+    >>> xxh3_64(bytes(64)).hex(), xxh3_64(bytes(1000), seed=1).hex()
+    ('6e252cc11869fb2f', '5b2b0b966c84ad55')
+    """
+    if len(data) > 240:
+        secret = _words(SECRET).copy()
+        secret[::2] += np.uint64(seed)
+        secret[1::2] -= np.uint64(seed)
+        return _merged(_accumulated(data, secret.tobytes()), secret.tobytes()[11:], len(data) * PRIMES_64[0])
+
+    def mixed(at: int, secret: int) -> int:
+        low, high = (int.from_bytes(data[at + shift : at + shift + 8], "little") for shift in (0, 8))
+        first, second = (int.from_bytes(SECRET[secret + shift : secret + shift + 8], "little") for shift in (0, 8))
+        return _folded(low ^ (first + seed) & WORD, high ^ (second - seed) & WORD)
+
+    total, pairs = len(data) * PRIMES_64[0], (len(data) - 1) // 32
+    if len(data) <= 128:
+        total += sum(mixed(16 * i, 32 * i) + mixed(len(data) - 16 * (i + 1), 32 * i + 16) for i in range(pairs + 1))
+        return _avalanche(total)
+    total = int.from_bytes(_avalanche(total + sum(mixed(16 * i, 16 * i) for i in range(8))), "little")
+    total += sum(mixed(16 * i, 16 * (i - 8) + 3) for i in range(8, len(data) // 16))
+    return _avalanche(total + mixed(len(data) - 16, 136 - 17))
+
+
+def xxh3_128(data: bytes) -> bytes:
+    """The checksum XXH3-128 of Collet of more than 240 bytes, little-endian.
+
+    Examples
+    --------
+    >>> xxh3_128(bytes(1000)).hex()
+    '8c58dd7460eac12472b9096dea4ab93f'
+    """
+    sums = _accumulated(data, SECRET)
+    low = _merged(sums, SECRET[11:], len(data) * PRIMES_64[0])
+    return low + _merged(sums, SECRET[117:], ~(len(data) * PRIMES_64[1]))
+
+
+def _words(data: bytes) -> NDArray[np.uint64]:
+    return np.frombuffer(data, "<u8")
+
+
+def _accumulated(data: bytes, secret: bytes) -> list[int]:
+    """The eight sums of XXH3: stripes of 64 bytes, sixteen of them between two scrambles."""
+    low, shift, prime = np.uint64(2**32 - 1), np.uint64(47), np.uint64(PRIMES_32[0])
+    keys = np.stack([_words(secret[8 * i : 8 * i + 64]) for i in range(16)])
+    swap = np.arange(8) ^ 1
+
+    def added(stripes: NDArray[np.uint64], keys: NDArray[np.uint64]) -> NDArray[np.uint64]:
+        mixed = stripes ^ keys
+        return stripes[..., swap] + (mixed & low) * (mixed >> np.uint64(32))
+
+    p, q = PRIMES_64, PRIMES_32
+    sums = np.array([q[2], p[0], p[1], p[2], p[3], q[1], p[4], q[0]], np.uint64)
+    whole = (len(data) - 1) // 1024
+    stripes = _words(data[: whole * 1024]).reshape(whole, 16, 8)
+    for part in added(stripes, keys).sum(axis=1, dtype=np.uint64):
+        sums = sums + part
+        sums = (sums ^ sums >> shift ^ _words(secret[128:192])) * prime
+    count = (len(data) - 1 - whole * 1024) // 64
+    rest = _words(data[whole * 1024 :][: count * 64]).reshape(count, 8)
+    sums = sums + added(rest, keys[:count]).sum(axis=0, dtype=np.uint64)
+    return (sums + added(_words(data[-64:]), _words(secret[121:185]))).tolist()
+
+
+def _merged(sums: Sequence[int], secret: bytes, start: int) -> bytes:
+    keys = _words(secret[:64]).tolist()
+    return _avalanche(start + sum(_folded(sums[i] ^ keys[i], sums[i + 1] ^ keys[i + 1]) for i in range(0, 8, 2)))
+
+
+def _folded(a: int, b: int) -> int:
+    return (a * b & WORD) ^ a * b >> 64
+
+
+def _avalanche(total: int) -> bytes:
+    total &= WORD
+    total = (total ^ total >> 37) * 0x165667919E3779F9 & WORD
+    return (total ^ total >> 32).to_bytes(8, "little")

@@ -191,7 +191,7 @@ class Table:
             "nbytes": self.nbytes,
             "float32_nbytes": 4 * self.size,
             "ratio": self.ratio,
-            "bits_per_value": 8 * self.nbytes / self.size,
+            "bits_per_value": 8 * self.nbytes / self.size if self.size else None,
         }
 
     def _header(self) -> dict[str, Any]:

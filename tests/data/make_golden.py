@@ -100,7 +100,34 @@ def switch_cases() -> tuple[dict, dict, np.ndarray]:
     return description, tensors, np.empty((N_ROWS, 0), np.uint8)
 
 
-PARTS = {"hashed-places-v1": hashed_places, "hashed-types-v1": hashed_types, "switch-cases-v1": switch_cases}
+def segments_map() -> tuple[dict, dict, np.ndarray]:
+    """Three groups of rows of different lengths, in any order."""
+    rng = np.random.default_rng(4)
+    levels = {"form": "levels", "dim": DIM, "granularity": "row", "block_size": 64, "symmetric": True,
+              "scale_factor": 1.0, "offset_factor": 1.0}  # fmt: skip
+    books = {"form": "books", "dim": DIM, "bits": 3, "scale": 0.5, "dtype": "float16",
+             "groups": [{"width": DIM, "entries": 8, "starts": [0, 0]}]}  # fmt: skip
+    decoders = [levels | {"dtype": "float16"}, levels | {"dtype": "int8"}, books]
+    group_of = rng.permutation([0] * 4 + [1] * 9 + [2] * 7)
+    groups = [{"rows": int((group_of == at).sum()), "decoder": decoder} for at, decoder in enumerate(decoders)]
+    parts = [
+        rng.normal(size=(4, DIM)).astype(np.float16).view(np.uint8),
+        np.hstack([rng.integers(0, 256, (9, DIM)).astype(np.uint8), np.full((9, 1), 0.02, np.float16).view(np.uint8)]),
+        rng.integers(0, 64, (7, 1)).astype(np.uint8),
+    ]
+    codes = np.concatenate([part.reshape(-1) for part in parts])
+    codes = np.pad(codes, (0, -len(codes) % N_ROWS)).reshape(N_ROWS, -1)
+    tensors = {"groups.2.codebooks.0": rng.normal(size=(2, 8, DIM)).astype(np.float16)}
+    tensors["map"] = reference.pack_bits(group_of[None], 2)[0]
+    return {"form": "segments", "dim": DIM, "map": True, "groups": groups}, tensors, codes
+
+
+PARTS = {
+    "hashed-places-v1": hashed_places,
+    "hashed-types-v1": hashed_types,
+    "segments-map-v1": segments_map,
+    "switch-cases-v1": switch_cases,
+}
 
 
 ABOUT = {"names": [f"row {i}" for i in range(N_ROWS)], "metadata": {"made by": "make_golden.py"}}

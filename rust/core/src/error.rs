@@ -2,6 +2,9 @@
 
 use std::path::PathBuf;
 
+/// Most characters of what is said of a damaged file.
+const MOST_CHARACTERS: usize = 1000;
+
 /// The result of every fallible function of this crate.
 pub type Result<T> = std::result::Result<T, Error>;
 
@@ -23,6 +26,14 @@ pub enum Error {
     UnknownKind {
         /// The name that was given.
         name: String,
+        /// The names that exist, separated by commas.
+        known: String,
+    },
+    /// No decoder form has this name.
+    #[error("the decoder form {form:?} is unknown: this version reads {known}")]
+    UnknownForm {
+        /// The name that was found.
+        form: String,
         /// The names that exist, separated by commas.
         known: String,
     },
@@ -145,7 +156,13 @@ impl Error {
 
     /// A damaged file.
     pub fn corrupt(path: impl Into<PathBuf>, why: impl Into<String>) -> Self {
-        Error::Corrupt { path: path.into(), why: why.into() }
+        // Files may hold texts of megabytes that are wrong.
+        let mut why = why.into();
+        if let Some((end, _)) = why.char_indices().nth(MOST_CHARACTERS) {
+            why.truncate(end);
+            why += "...";
+        }
+        Error::Corrupt { path: path.into(), why }
     }
 
     /// An operating system error on a file.

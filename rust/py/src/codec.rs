@@ -243,7 +243,7 @@ impl Codec {
         let part =
             |key: &str| object.get(key).and_then(Value::as_object).cloned().ok_or_else(|| bad(format!("no {key}")));
         let kind = object.get("kind").and_then(Value::as_str).ok_or_else(|| bad("no kind".into()))?;
-        let decoder = checked(Decoder::from_parts(&part("decoder")?, &tensors_from(tensors)?))?;
+        let decoder = checked(Decoder::from_parts(part("decoder")?, &tensors_from(tensors)?))?;
         let mut codec = checked(quantizer::Codec::new(kind, part("parameters")?, decoder))?;
         codec.n_iter = object.get("n_iter").and_then(Value::as_u64).unwrap_or(0) as usize;
         let notes = object.get("notes").and_then(Value::as_array).cloned().unwrap_or_default();

@@ -24,6 +24,7 @@ pub fn to_py(error: Error) -> PyErr {
         Error::Interrupted => PyKeyboardInterrupt::new_err(text),
         Error::Parameter { .. }
         | Error::UnknownKind { .. }
+        | Error::UnknownForm { .. }
         | Error::Shape { .. }
         | Error::NotFinite { .. }
         | Error::OutOfRange { .. }

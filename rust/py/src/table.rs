@@ -194,7 +194,7 @@ impl Table {
         let part =
             |key: &str| object.get(key).and_then(Value::as_object).cloned().ok_or_else(|| bad(format!("no {key}")));
         let kind = object.get("kind").and_then(Value::as_str).ok_or_else(|| bad("no kind".into()))?;
-        let decoder = checked(Decoder::from_parts(&part("decoder")?, &tensors_from(tensors)?))?;
+        let decoder = checked(Decoder::from_parts(part("decoder")?, &tensors_from(tensors)?))?;
         let held = borrow.then(|| address::borrow(codes)).transpose()?;
         let codes = codes.try_readonly()?;
         let (rows, codes) = (codes.as_array().nrows(), codes.as_slice()?);

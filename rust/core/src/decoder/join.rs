@@ -1,6 +1,6 @@
 //! Form `join`: the rows of several decoders, side by side or added. A row's code is theirs, one behind the other.
 
-use super::{inner_tensors, outer_tensors, Decoder, Form};
+use super::{inner_tensors, outer_tensors, Budget, Decoder, Form};
 use crate::error::{Error, Result};
 use crate::kernels::{Ids, Rows};
 use crate::tensor::Tensor;
@@ -29,7 +29,8 @@ pub struct JoinSpec {
 /// The rows of several decoders, side by side or added.
 #[derive(Clone)]
 pub struct Join {
-    spec: JoinSpec,
+    dim: usize,
+    mode: Joining,
     parts: Vec<Decoder>,
 }
 
@@ -49,20 +50,28 @@ impl Join {
             Joining::Columns => parts.iter().map(Decoder::dim).sum(),
             Joining::Sum => parts.first().map_or(0, Decoder::dim),
         };
-        let tensors: Vec<Tensor> =
-            parts.iter().enumerate().flat_map(|(at, part)| outer_tensors(part, &prefix(at))).collect();
-        let spec = JoinSpec { dim, mode, parts: parts.iter().map(Decoder::describe).collect() };
-        Join::from_parts(spec, &tensors)
+        Join::check(dim, mode, parts)
     }
 
-    pub(super) fn from_parts(spec: JoinSpec, tensors: &[Tensor]) -> Result<Self> {
+    pub(super) fn from_parts(spec: JoinSpec, tensors: &[Tensor], budget: &mut Budget) -> Result<Self> {
         let bad = |found: String, expected: &str| Err(Error::shape("the decoder's description", found, expected));
-        if spec.parts.is_empty() || spec.parts.len() > MOST_PARTS {
+        if spec.parts.len() > MOST_PARTS {
             return bad(format!("{} parts", spec.parts.len()), "1 to 4096 parts");
         }
         let mut parts = Vec::new();
-        for (at, part) in spec.parts.iter().enumerate() {
-            parts.push(Decoder::from_parts(part, &inner_tensors(tensors, &prefix(at)))?);
+        for (at, part) in spec.parts.into_iter().enumerate() {
+            parts.push(budget.inner(part, &inner_tensors(tensors, &prefix(at)))?);
+        }
+        if tensors.len() != parts.iter().map(|part| part.tensors().len()).sum::<usize>() {
+            return bad(format!("{} tensors", tensors.len()), "those of the parts");
+        }
+        Join::check(spec.dim, spec.mode, parts)
+    }
+
+    fn check(dim: usize, mode: Joining, parts: Vec<Decoder>) -> Result<Self> {
+        let bad = |found: String, expected: &str| Err(Error::shape("the decoder's description", found, expected));
+        if parts.is_empty() || parts.len() > MOST_PARTS {
+            return bad(format!("{} parts", parts.len()), "1 to 4096 parts");
         }
         if let Some(part) = parts.iter().find(|part| !part.rows_apart()) {
             return bad(format!("the form {} inside", part.form()), "decoders whose rows stand apart");
@@ -74,17 +83,14 @@ impl Join {
                 "parts that read rows by their codes or their numbers",
             );
         }
-        let agrees = match spec.mode {
-            Joining::Columns => parts.iter().map(Decoder::dim).sum::<usize>() == spec.dim,
-            Joining::Sum => parts.iter().all(|part| part.dim() == spec.dim),
+        let agrees = match mode {
+            Joining::Columns => parts.iter().map(Decoder::dim).sum::<usize>() == dim,
+            Joining::Sum => parts.iter().all(|part| part.dim() == dim),
         };
-        if !agrees || spec.dim > 1 << 24 {
-            return bad(format!("dim {}", spec.dim), "the columns of the parts");
+        if !agrees || dim > 1 << 24 {
+            return bad(format!("dim {dim}"), "the columns of the parts");
         }
-        if tensors.len() != parts.iter().map(|part| part.tensors().len()).sum::<usize>() {
-            return bad(format!("{} tensors", tensors.len()), "those of the parts");
-        }
-        Ok(Join { spec, parts })
+        Ok(Join { dim, mode, parts })
     }
 
     /// The decoders inside.
@@ -103,7 +109,7 @@ impl Form for Join {
     }
 
     fn dim(&self) -> usize {
-        self.spec.dim
+        self.dim
     }
 
     fn row_bytes(&self) -> usize {
@@ -115,7 +121,7 @@ impl Form for Join {
     }
 
     fn decode_floats(&self, rows: &Rows, out: &mut [f32]) {
-        let (dim, row_bytes) = (self.spec.dim, self.row_bytes());
+        let (dim, row_bytes) = (self.dim, self.row_bytes());
         let (mut codes, mut values) = (Vec::new(), Vec::new());
         for (block, out) in out.chunks_mut(BLOCK_ROWS * dim).enumerate() {
             let count = out.len() / dim;
@@ -134,13 +140,13 @@ impl Form for Join {
                     part.decode(&codes, Ids::Range { start: 0, len: count }, &mut values);
                 }
                 for (row, values) in out.chunks_mut(dim).zip(values.chunks(part.dim())) {
-                    match self.spec.mode {
+                    match self.mode {
                         Joining::Sum if at > 0 => row.iter_mut().zip(values).for_each(|(sum, value)| *sum += value),
                         _ => row[column..column + values.len()].copy_from_slice(values),
                     }
                 }
                 byte += part.row_bytes();
-                column += if self.spec.mode == Joining::Columns { part.dim() } else { 0 };
+                column += if self.mode == Joining::Columns { part.dim() } else { 0 };
             }
         }
     }
@@ -150,13 +156,14 @@ impl Form for Join {
     }
 
     fn spec(&self) -> Value {
-        serde_json::to_value(&self.spec).unwrap_or_default()
+        let parts = self.parts.iter().map(Decoder::describe).collect();
+        serde_json::to_value(JoinSpec { dim: self.dim, mode: self.mode, parts }).unwrap_or_default()
     }
 
     fn with_tensors(&self, tensors: &[Tensor]) -> Result<Decoder> {
         let part = |(at, part): (usize, &Decoder)| part.with_tensors(&inner_tensors(tensors, &prefix(at)));
         let parts: Result<Vec<Decoder>> = self.parts.iter().enumerate().map(part).collect();
-        Ok(Decoder::Join(Join::new(self.spec.mode, parts?)?))
+        Ok(Decoder::Join(Join::new(self.mode, parts?)?))
     }
 
     fn bad_row(&self, codes: &[u8]) -> Option<usize> {

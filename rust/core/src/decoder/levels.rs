@@ -152,7 +152,7 @@ impl LevelsSpec {
         match self.granularity {
             _ if self.dtype.is_float() => None,
             Granularity::Row => Some(self.dim),
-            Granularity::Block => Some(self.block_size),
+            Granularity::Block => Some(self.block_size.min(self.dim)),
             Granularity::Column => None,
         }
     }

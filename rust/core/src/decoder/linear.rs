@@ -1,6 +1,6 @@
 //! Form `linear`: a mean row, and the rows of another decoder through a linear map.
 
-use super::{inner_tensors, outer_tensors, take, Decoder, Form, Metric, Scorer};
+use super::{inner_tensors, outer_tensors, take, Budget, Decoder, Form, Metric, Scorer};
 use crate::algo::linear::{transpose, Hadamard, Projection};
 use crate::algo::nearest::Columns;
 use crate::error::{zeros, Error, Result};
@@ -207,12 +207,15 @@ impl Linear {
         Ok(Linear { map, inner })
     }
 
-    pub(super) fn from_parts(spec: LinearSpec, tensors: &[Tensor]) -> Result<Self> {
+    pub(super) fn from_parts(spec: LinearSpec, tensors: &[Tensor], budget: &mut Budget) -> Result<Self> {
         let bad = |found: String, expected: &str| Err(Error::shape("the decoder's description", found, expected));
         if spec.dim == 0 || spec.dim > 1 << 24 {
             return bad(format!("dim {}", spec.dim), "1 to 16777216 columns");
         }
-        let inner = Decoder::from_parts(&spec.inner, &inner_tensors(tensors, "inner."))?;
+        let inner = budget.inner(spec.inner, &inner_tensors(tensors, "inner."))?;
+        if let Rotation::Hadamard { rounds, .. } = &spec.rotation {
+            budget.spend(spec.dim, rounds.saturating_mul(2))?;
+        }
         if !inner.rows_apart() {
             return bad(format!("the form {} inside", inner.form()), "a decoder whose rows stand apart");
         }

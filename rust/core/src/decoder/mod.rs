@@ -31,19 +31,83 @@ use serde::de::DeserializeOwned;
 use serde_json::{Map, Value};
 
 /// Makes a decoder from the rest of its description and its tensors.
-type Read = fn(Value, &[Tensor]) -> Result<Decoder>;
+type Read = fn(Value, &[Tensor], &mut Budget) -> Result<Decoder>;
+
+/// Most decoders inside each other, the outermost one counted.
+const MOST_DEPTH: usize = 16;
+
+/// Most values that all decoders of a table compute for a row. Bounds the work that a few bytes of a file may ask for.
+const MOST_VALUES: usize = 1 << 26;
+
+/// What the description of a decoder may still ask for.
+struct Budget {
+    depth: usize,
+    values: usize,
+}
+
+impl Default for Budget {
+    fn default() -> Self {
+        Budget { depth: MOST_DEPTH, values: MOST_VALUES }
+    }
+}
+
+impl Budget {
+    /// Takes `count` lots of `values` values.
+    fn spend(&mut self, values: usize, count: usize) -> Result<()> {
+        let left = values.checked_mul(count).and_then(|values| self.values.checked_sub(values));
+        self.values = left.ok_or_else(|| {
+            let expected = format!("at most {MOST_VALUES}, those of inner decoders and of rotations' passes counted");
+            Error::shape("the decoder's description", format!("{values} columns {count} times, among others"), expected)
+        })?;
+        Ok(())
+    }
+
+    /// A decoder inside another one.
+    fn inner(&mut self, description: Map<String, Value>, tensors: &[Tensor]) -> Result<Decoder> {
+        let left = self.depth.checked_sub(1).ok_or_else(|| {
+            let found = format!("more than {MOST_DEPTH} decoders inside each other");
+            Error::shape("the decoder's description", found, "fewer")
+        })?;
+        self.depth = left;
+        let decoder = self.read(description, tensors)?;
+        self.depth = left + 1;
+        self.spend(decoder.dim(), 1)?;
+        Ok(decoder)
+    }
+
+    fn read(&mut self, mut description: Map<String, Value>, tensors: &[Tensor]) -> Result<Decoder> {
+        if let Some((form, known)) = unknown_form(&description) {
+            return Err(Error::UnknownForm { form, known });
+        }
+        let form = description.remove("form").and_then(|f| f.as_str().map(str::to_owned)).unwrap_or_default();
+        let read = FORMS.iter().find(|(name, _)| *name == form);
+        let read = read.ok_or_else(|| Error::shape("the decoder's description", "no form", "the name of a form"))?.1;
+        read(Value::Object(description), tensors, self)
+    }
+}
+
+/// The name of a form that this version does not read, if the description has one, and the names of those it does.
+fn unknown_form(description: &Map<String, Value>) -> Option<(String, String)> {
+    let form = description.get("form").and_then(Value::as_str)?;
+    let names: Vec<&str> = FORMS.iter().map(|(name, _)| *name).collect();
+    (!names.contains(&form)).then(|| (form.chars().take(100).collect(), names.join(", ")))
+}
 
 /// The forms that this version reads, by name.
 const FORMS: &[(&str, Read)] = &[
-    (Books::FORM, |spec, tensors| Ok(Decoder::Books(Books::from_parts(parse(spec)?, tensors)?))),
-    (Levels::FORM, |spec, tensors| Ok(Decoder::Levels(Levels::from_parts(parse(spec)?, tensors)?))),
-    (Linear::FORM, |spec, tensors| Ok(Decoder::Linear(Linear::from_parts(parse(spec)?, tensors)?.into()))),
-    (Join::FORM, |spec, tensors| Ok(Decoder::Join(Join::from_parts(parse(spec)?, tensors)?))),
-    (Trellis::FORM, |spec, tensors| Ok(Decoder::Trellis(Trellis::from_parts(parse(spec)?, tensors)?))),
-    (Segments::FORM, |spec, tensors| Ok(Decoder::Segments(Segments::from_parts(parse(spec)?, tensors)?))),
-    (Sparse::FORM, |spec, tensors| Ok(Decoder::Sparse(Sparse::from_parts(parse(spec)?, tensors)?))),
-    (Hashed::FORM, |spec, tensors| Ok(Decoder::Hashed(Hashed::from_parts(parse(spec)?, tensors)?))),
-    (Switch::FORM, |spec, tensors| Ok(Decoder::Switch(Switch::from_parts(parse(spec)?, tensors)?))),
+    (Books::FORM, |spec, tensors, _| Ok(Decoder::Books(Books::from_parts(parse(spec)?, tensors)?))),
+    (Levels::FORM, |spec, tensors, _| Ok(Decoder::Levels(Levels::from_parts(parse(spec)?, tensors)?))),
+    (Linear::FORM, |spec, tensors, budget| {
+        Ok(Decoder::Linear(Linear::from_parts(parse(spec)?, tensors, budget)?.into()))
+    }),
+    (Join::FORM, |spec, tensors, budget| Ok(Decoder::Join(Join::from_parts(parse(spec)?, tensors, budget)?))),
+    (Trellis::FORM, |spec, tensors, _| Ok(Decoder::Trellis(Trellis::from_parts(parse(spec)?, tensors)?))),
+    (Segments::FORM, |spec, tensors, budget| {
+        Ok(Decoder::Segments(Segments::from_parts(parse(spec)?, tensors, budget)?))
+    }),
+    (Sparse::FORM, |spec, tensors, _| Ok(Decoder::Sparse(Sparse::from_parts(parse(spec)?, tensors)?))),
+    (Hashed::FORM, |spec, tensors, _| Ok(Decoder::Hashed(Hashed::from_parts(parse(spec)?, tensors)?))),
+    (Switch::FORM, |spec, tensors, budget| Ok(Decoder::Switch(Switch::from_parts(parse(spec)?, tensors, budget)?))),
 ];
 
 /// What every form can do. Ids must be inside the codes; everything runs on the calling thread.
@@ -196,13 +260,6 @@ impl Decoder {
         self.get().name()
     }
 
-    /// The name of a form that this version does not read, if the description has one.
-    pub fn unknown_form(description: &Map<String, Value>) -> Option<(&str, String)> {
-        let form = description.get("form").and_then(Value::as_str)?;
-        let names: Vec<&str> = FORMS.iter().map(|(name, _)| *name).collect();
-        (!names.contains(&form)).then(|| (form, names.join(", ")))
-    }
-
     /// Values in a row.
     pub fn dim(&self) -> usize {
         self.get().dim()
@@ -265,15 +322,8 @@ impl Decoder {
 
     /// A decoder from its description and tensors: checks every size, so that no code byte can read out of bounds. That
     /// the tensors are finite was checked where they came in: from a file block by block, from floats, from Python.
-    pub fn from_parts(description: &Map<String, Value>, tensors: &[Tensor]) -> Result<Decoder> {
-        if let Some((form, known)) = Decoder::unknown_form(description) {
-            return Err(Error::parameter("form", format!("{form:?}"), format!("this version reads the forms {known}")));
-        }
-        let mut spec = description.clone();
-        let form = spec.remove("form").and_then(|f| f.as_str().map(str::to_owned)).unwrap_or_default();
-        let read = FORMS.iter().find(|(name, _)| *name == form);
-        let read = read.ok_or_else(|| Error::shape("the decoder's description", "no form", "the name of a form"))?.1;
-        read(Value::Object(spec), tensors)
+    pub fn from_parts(description: Map<String, Value>, tensors: &[Tensor]) -> Result<Decoder> {
+        Budget::default().inner(description, tensors)
     }
 
     /// The same decoder with other values in its tensors (same names and shapes; floats round to the stored type).

@@ -3,7 +3,7 @@
 //! The codes of a table are its groups' codes, one group behind the other, cut into as many pieces of equal length as
 //! there are rows: a piece is not the code of its row.
 
-use super::{inner_tensors, outer_tensors, take, Decoder, Form};
+use super::{inner_tensors, outer_tensors, take, Budget, Decoder, Form};
 use crate::bits;
 use crate::error::{Error, Result};
 use crate::kernels::{Ids, Rows};
@@ -71,53 +71,63 @@ impl Segments {
             }
         }
         let sorted = group_of.windows(2).all(|pair| pair[0] <= pair[1]);
-        let mut tensors: Vec<Tensor> = Vec::new();
-        let mut groups = Vec::new();
-        for (at, (decoder, rows)) in decoders.iter().zip(counts).enumerate() {
-            tensors.extend(outer_tensors(decoder, &prefix(at)));
-            groups.push(GroupSpec { rows, decoder: decoder.describe() });
-        }
+        let mut map = None;
         if !sorted {
-            let width = map_bits(groups.len());
+            let width = map_bits(decoders.len());
             let mut packed = vec![0u8; bits::row_bytes(group_of.len(), width)];
             bits::pack(group_of.iter().map(|group| u32::from(*group)), width, &mut packed);
-            tensors.push(Tensor::new("map", Dtype::U8, vec![packed.len()], Buffer::copy_of(&packed)?)?);
+            map = Some(Tensor::new("map", Dtype::U8, vec![packed.len()], Buffer::copy_of(&packed)?)?);
         }
         let dim = decoders.first().map_or(0, Decoder::dim);
-        Segments::from_parts(SegmentsSpec { dim, map: !sorted, groups }, &tensors)
+        Segments::check(dim, counts.into_iter().zip(decoders).collect(), |_| Ok(map))
     }
 
-    pub(super) fn from_parts(spec: SegmentsSpec, tensors: &[Tensor]) -> Result<Self> {
+    pub(super) fn from_parts(spec: SegmentsSpec, tensors: &[Tensor], budget: &mut Budget) -> Result<Self> {
         let bad = |found: String, expected: &str| Err(Error::shape("the decoder's description", found, expected));
-        if spec.groups.is_empty() || spec.groups.len() > MOST_GROUPS {
+        if spec.groups.len() > MOST_GROUPS {
             return bad(format!("{} groups", spec.groups.len()), "1 to 256 groups");
         }
+        let mut groups = Vec::new();
+        for (at, group) in spec.groups.into_iter().enumerate() {
+            groups.push((group.rows, budget.inner(group.decoder, &inner_tensors(tensors, &prefix(at)))?));
+        }
+        let count: usize = groups.iter().map(|(_, decoder)| decoder.tensors().len()).sum();
+        if tensors.len() != count + usize::from(spec.map) {
+            return bad(format!("{} tensors", tensors.len()), "those of the groups, and their map");
+        }
+        let map = |bytes| spec.map.then(|| take(tensors, "map", Some(Dtype::U8), &[bytes]).cloned()).transpose();
+        Segments::check(spec.dim, groups, map)
+    }
+
+    /// `map` gets the bytes that a map of all rows takes.
+    fn check(
+        dim: usize,
+        decoders: Vec<(usize, Decoder)>,
+        map: impl FnOnce(usize) -> Result<Option<Tensor>>,
+    ) -> Result<Self> {
+        let bad = |found: String, expected: &str| Err(Error::shape("the decoder's description", found, expected));
+        if decoders.is_empty() || decoders.len() > MOST_GROUPS {
+            return bad(format!("{} groups", decoders.len()), "1 to 256 groups");
+        }
         let (mut groups, mut start, mut rows) = (Vec::new(), 0usize, 0usize);
-        for (at, group) in spec.groups.iter().enumerate() {
-            let decoder = Decoder::from_parts(&group.decoder, &inner_tensors(tensors, &prefix(at)))?;
-            if decoder.dim() != spec.dim || !decoder.rows_apart() {
+        for (at, (count, decoder)) in decoders.into_iter().enumerate() {
+            if decoder.dim() != dim || !decoder.rows_apart() {
                 return bad(format!("group {at}"), "decoders of all columns, without groups of their own");
             }
-            let end = group.rows.checked_mul(decoder.row_bytes()).and_then(|bytes| start.checked_add(bytes));
-            groups.push(Group { rows: group.rows, decoder, start });
-            match (end, rows.checked_add(group.rows)) {
+            let end = count.checked_mul(decoder.row_bytes()).and_then(|bytes| start.checked_add(bytes));
+            groups.push(Group { rows: count, decoder, start });
+            match (end, rows.checked_add(count)) {
                 (Some(end), Some(sum)) => (start, rows) = (end, sum),
-                _ => return bad(format!("{} rows", group.rows), "sizes that do not overflow"),
+                _ => return bad(format!("{count} rows"), "sizes that do not overflow"),
             }
         }
-        let mut count: usize = groups.iter().map(|group| group.decoder.tensors().len()).sum();
-        let map = match spec.map {
-            true => {
-                count += 1;
-                let bytes = rows.checked_mul(map_bits(groups.len()) as usize).map_or(0, |bits| bits.div_ceil(8));
-                Some(take(tensors, "map", Some(Dtype::U8), &[bytes])?.clone())
-            }
-            false => None,
-        };
-        if tensors.len() != count || rows == 0 {
-            return bad(format!("{} tensors of {rows} rows", tensors.len()), "those of the groups, and their map");
+        let bits = rows.checked_mul(map_bits(groups.len()) as usize);
+        let map = map(bits.map_or(0, |bits| bits.div_ceil(8)))?;
+        // Ranks are counted in 32 bits.
+        if rows == 0 || (map.is_some() && (bits.is_none() || rows > u32::MAX as usize)) {
+            return bad(format!("{rows} rows"), "at least one, and fewer than 2^32 with a map");
         }
-        let segments = Segments { dim: spec.dim, rows, groups, map, ranks: Arc::default() };
+        let segments = Segments { dim, rows, groups, map, ranks: Arc::default() };
         segments.check_map()?;
         Ok(segments)
     }

@@ -1,13 +1,13 @@
 //! Form `switch`: rows that are read in different ways, each case by a decoder with codes of its own.
 
-use super::{inner_tensors, outer_tensors, take, Decoder, Form};
+use super::{inner_tensors, outer_tensors, take, Budget, Decoder, Form};
 use crate::bits;
 use crate::error::{Error, Result};
 use crate::kernels::{Ids, Rows};
 use crate::tensor::{Dtype, Tensor};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 
 /// Some rows, and how they are read.
@@ -38,6 +38,7 @@ pub struct SwitchSpec {
 /// Rows that are read in different ways.
 #[derive(Clone)]
 pub struct Switch {
+    /// Without the descriptions of decoders.
     spec: SwitchSpec,
     cases: Vec<Case>,
     /// Reads what belongs to no case, by the rows' own numbers and codes.
@@ -115,7 +116,7 @@ impl Switch {
     /// The form's name.
     pub const FORM: &'static str = "switch";
 
-    pub(super) fn from_parts(spec: SwitchSpec, tensors: &[Tensor]) -> Result<Self> {
+    pub(super) fn from_parts(mut spec: SwitchSpec, tensors: &[Tensor], budget: &mut Budget) -> Result<Self> {
         let bad = |found: String, expected: &str| Err(Error::shape("the decoder's description", found, expected));
         if spec.dim == 0 || spec.dim > 1 << 24 {
             return bad(format!("dim {}", spec.dim), "1 to 16777216 columns");
@@ -124,14 +125,15 @@ impl Switch {
             return bad(format!("{} cases", spec.cases.len()), "1 to 4096 cases");
         }
         let mut all = tensors.to_vec();
+        let stored: HashMap<&str, &Tensor> = tensors.iter().map(|tensor| (tensor.name.as_str(), tensor)).collect();
         for (name, held) in &spec.shared {
-            match tensors.iter().find(|tensor| tensor.name == *held) {
-                Some(tensor) if tensors.iter().all(|tensor| tensor.name != *name) => all.push(tensor.renamed(name)),
+            match stored.get(held.as_str()) {
+                Some(tensor) if !stored.contains_key(name.as_str()) => all.push(tensor.renamed(name)),
                 _ => return bad(format!("{name:?} stored as {held:?}"), "names of tensors that are there"),
             }
         }
-        let decoder = |description: &Map<String, Value>, prefix: &str| {
-            let decoder = Decoder::from_parts(description, &inner_tensors(&all, prefix))?;
+        let mut decoder = |description: &mut Map<String, Value>, prefix: &str| {
+            let decoder = budget.inner(std::mem::take(description), &inner_tensors(&all, prefix))?;
             match decoder.dim() == spec.dim && decoder.rows_apart() {
                 true => Ok(decoder),
                 false => {
@@ -141,8 +143,8 @@ impl Switch {
             }
         };
         let (mut cases, mut count) = (Vec::new(), 0);
-        for (at, case) in spec.cases.iter().enumerate() {
-            let decoder = decoder(&case.decoder, &prefix(at))?;
+        for (at, case) in spec.cases.iter_mut().enumerate() {
+            let decoder = decoder(&mut case.decoder, &prefix(at))?;
             count += decoder.tensors().len();
             let rows = match (case.start, case.bits) {
                 (Some(start), None) if case.rows > 0 => Range::From(start, case.rows),
@@ -167,7 +169,7 @@ impl Switch {
             };
             cases.push(Case { rows, decoder, codes });
         }
-        let otherwise = spec.otherwise.as_ref().map(|description| decoder(description, "otherwise.")).transpose()?;
+        let otherwise = spec.otherwise.as_mut().map(|description| decoder(description, "otherwise.")).transpose()?;
         let otherwise = otherwise.map(Box::new);
         count += otherwise.as_ref().map_or(0, |decoder| decoder.tensors().len());
         if all.len() != count {
@@ -253,7 +255,12 @@ impl Form for Switch {
     }
 
     fn spec(&self) -> Value {
-        serde_json::to_value(&self.spec).unwrap_or_default()
+        let mut spec = self.spec.clone();
+        for (described, case) in spec.cases.iter_mut().zip(&self.cases) {
+            described.decoder = case.decoder.describe();
+        }
+        spec.otherwise = self.otherwise.as_ref().map(|decoder| decoder.describe());
+        serde_json::to_value(spec).unwrap_or_default()
     }
 
     fn with_tensors(&self, tensors: &[Tensor]) -> Result<Decoder> {
@@ -275,6 +282,6 @@ impl Form for Switch {
             spec.otherwise = Some(decoder.describe());
         }
         kept.retain(|tensor| !spec.shared.contains_key(&tensor.name));
-        Ok(Decoder::Switch(Switch::from_parts(spec, &kept)?))
+        Ok(Decoder::Switch(Switch::from_parts(spec, &kept, &mut Budget::default())?))
     }
 }

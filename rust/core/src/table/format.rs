@@ -11,6 +11,7 @@
 //! decoder has hashed little more than these, whatever the size of the codes.
 
 mod header;
+mod json;
 mod writer;
 
 pub use crate::table::map::Mode;
@@ -19,7 +20,7 @@ pub use writer::Writer;
 use crate::error::{Error, Result};
 use crate::kernels;
 use crate::pool::Context;
-use crate::table::map::Mapping;
+use crate::table::map::{Mapping, Source};
 use crate::tensor::{Buffer, Bytes, Dtype, Tensor};
 use header::Entry;
 use serde_json::{Map, Value};
@@ -40,6 +41,8 @@ pub const KNOWN_FEATURES: &[&str] = &[];
 const MAGIC: [u8; 8] = *b"\x89vqrs\r\n\x1a";
 /// Magic number, hash of header and blocks, length of the file.
 const FOOTER: usize = 8 + 16 + 8;
+/// Bytes whose pages are asked for at once.
+const STRIDE: usize = 16 << 20;
 /// Blocks that one step of a whole verification checks: 1 MiB, so that interrupts are answered soon.
 const STEP: usize = 16;
 
@@ -118,8 +121,7 @@ pub enum Verify {
 /// An open table file, checked.
 pub struct File {
     path: PathBuf,
-    source: Arc<dyn Bytes>,
-    mapped: bool,
+    source: Arc<Mapping>,
     verify: Verify,
     header: header::Header,
     tensors: Vec<Tensor>,
@@ -136,15 +138,43 @@ impl File {
     /// Opens a table. The header, its agreement with the file's length, the footer and the blocks that hold decoder
     /// tensors are checked, and with [`Verify::Full`] everything.
     pub fn open(path: &Path, verify: Verify, mode: Mode) -> Result<File> {
-        let mapping = Mapping::open(path, mode)?;
-        let header = header::parse(path, mapping.bytes())?;
-        let decoder = decoder_range(&header.entries);
-        if !decoder.is_empty() {
-            mapping.prefetch(decoder.clone());
-        }
+        let mut source = Source::open(path)?;
+        let length = source.len();
+        let (mapping, header) = match source.map(mode)? {
+            Some(mapping) => {
+                let header = header::parse(path, mapping.bytes(), length as u64)?;
+                (mapping, header)
+            }
+            // Both ends first: a file that is no table is not read whole, however long it is.
+            None => {
+                let start = source.part(0, header::START)?;
+                let start = source.part(0, header::size(&start))?;
+                let header = header::parse(path, &start, length as u64)?;
+                check_end(path, &source.part(length - FOOTER, FOOTER)?, length as u64)?;
+                source.check_memory()?;
+                let blocks = header.blocks();
+                check_hash(
+                    path,
+                    &start,
+                    &source.part(blocks.start, blocks.len())?,
+                    &source.part(length - FOOTER, FOOTER)?,
+                )?;
+                (source.read(&start)?, header)
+            }
+        };
+        check_end(path, &mapping.bytes()[length - FOOTER..], length as u64)?;
         let mut file = File::new(path, mapping, header, verify)?;
+        // A forger may make the list of checksums as long as he likes: one of them tells first.
+        if file.blocks.len() > STRIDE {
+            file.check_block(0)?;
+        }
         file.check_footer()?;
-        file.check_range(&decoder)?;
+        let decoder = decoder_range(&file.header.entries);
+        for start in decoder.clone().step_by(STRIDE) {
+            let part = start..decoder.end.min(start + STRIDE);
+            file.source.prefetch(part.clone());
+            file.check_range(&part)?;
+        }
         file.tensors = file.decoder_entries().map(|entry| file.tensor(entry)).collect::<Result<_>>()?;
         if verify == Verify::Full {
             file.verify(&Context::default())?;
@@ -153,11 +183,10 @@ impl File {
     }
 
     fn new(path: &Path, mapping: Mapping, header: header::Header, verify: Verify) -> Result<File> {
-        let blocks = header.entries.iter().find(|e| e.is_blocks()).map_or(0..0, Entry::range);
+        let blocks = header.blocks();
         let shape = &header.entries[0].shape;
         Ok(File {
             path: path.into(),
-            mapped: mapping.is_mapped(),
             source: Arc::new(mapping),
             verify,
             tensors: Vec::new(),
@@ -178,6 +207,11 @@ impl File {
     /// The user's own strings.
     pub fn metadata(&self) -> &BTreeMap<String, String> {
         &self.header.metadata
+    }
+
+    /// Both, which may be large, for whoever keeps them himself.
+    pub(super) fn take_texts(&mut self) -> (Map<String, Value>, BTreeMap<String, String>) {
+        (std::mem::take(&mut self.header.description), std::mem::take(&mut self.header.metadata))
     }
 
     /// Rows of codes.
@@ -257,7 +291,7 @@ impl File {
 
     /// True if the file is mapped, false if it was read into memory.
     pub fn is_mapped(&self) -> bool {
-        self.mapped
+        self.source.is_mapped()
     }
 
     /// True once a page of the mapped file was found missing: zeros were read in its place.
@@ -282,17 +316,8 @@ impl File {
     fn check_footer(&self) -> Result<()> {
         let bytes = self.source.bytes();
         let (rest, found) = bytes.split_at(bytes.len() - FOOTER);
-        let expected = footer(&bytes[..self.header.size], &bytes[self.blocks.clone()], bytes.len() as u64);
-        if found[..8] != MAGIC {
-            return Err(self.corrupt(format!("the footer starts with {:02x?}, expected {MAGIC:02x?}", &found[..8])));
-        }
-        if found[24..] != expected[24..] {
-            let stated = found[24..].iter().rev().fold(0_u64, |all, byte| all << 8 | u64::from(*byte));
-            return Err(self.corrupt(format!("has {} bytes, but its footer says {stated}", bytes.len())));
-        }
-        if found != expected {
-            return Err(self.corrupt("the header or the list of checksums does not match the footer's checksum"));
-        }
+        check_end(&self.path, found, bytes.len() as u64)?;
+        check_hash(&self.path, &bytes[..self.header.size], &bytes[self.blocks.clone()], found)?;
         match rest[self.blocks.end..].iter().all(|byte| *byte == 0) {
             true => Ok(()),
             false => Err(self.corrupt("the pad before the footer is not zero")),
@@ -344,6 +369,28 @@ impl File {
         }
         Ok(())
     }
+}
+
+/// What the footer says by itself: that it is one, and the file's length.
+fn check_end(path: &Path, footer: &[u8], length: u64) -> Result<()> {
+    if !footer.starts_with(&MAGIC) || footer.len() != FOOTER {
+        let found = &footer[..footer.len().min(8)];
+        return Err(Error::corrupt(path, format!("the footer starts with {found:02x?}, expected {MAGIC:02x?}")));
+    }
+    if footer[24..] != length.to_le_bytes() {
+        let stated = footer[24..].iter().rev().fold(0_u64, |all, byte| all << 8 | u64::from(*byte));
+        return Err(Error::corrupt(path, format!("has {length} bytes, but its footer says {stated}")));
+    }
+    Ok(())
+}
+
+/// That the footer's checksum is that of the header and of the list of checksums.
+fn check_hash(path: &Path, header: &[u8], blocks: &[u8], found: &[u8]) -> Result<()> {
+    if found.get(8..24) != Some(&footer(header, blocks, 0)[8..24]) {
+        let why = "the header or the list of checksums does not match the footer's checksum";
+        return Err(Error::corrupt(path, why));
+    }
+    Ok(())
 }
 
 /// The bytes from the first decoder tensor to the last.

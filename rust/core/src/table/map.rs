@@ -9,7 +9,7 @@ use crate::error::{Error, Result};
 use crate::tensor::Bytes;
 use memmap2::{MmapMut, MmapOptions};
 use std::fs::File;
-use std::io::{self, Read};
+use std::io::{self, Read, Seek};
 use std::ops::Range;
 use std::path::Path;
 
@@ -37,48 +37,16 @@ pub struct Mapping {
 impl Mapping {
     /// Opens a file that is not empty. A mapping that the guard has no room for is read into memory instead.
     pub fn open(path: &Path, mode: Mode) -> Result<Self> {
-        let (mut file, len) = open(path)?;
-        if mode == Mode::Mmap {
-            let mapping = retried(|| Self::mapped(&file, len));
-            let mapping = mapping.map_err(|e| Error::system(path, e, "it cannot be mapped: use mode=\"read\""))?;
-            if let Some(mapping) = mapping {
-                return Ok(mapping);
-            }
+        let mut source = Source::open(path)?;
+        match source.map(mode)? {
+            Some(mapping) => Ok(mapping),
+            None => source.read(&[]),
         }
-        Self::read(&mut file, len, path)
     }
 
     /// True if pages come from the file, false if the file was read into memory.
     pub fn is_mapped(&self) -> bool {
         self.mapped
-    }
-
-    /// Private and copy-on-write: whoever writes to these bytes writes to copies of its own.
-    fn mapped(file: &File, len: usize) -> io::Result<Option<Self>> {
-        // SAFETY: mapped bytes can change when another process writes to the file, which no program can exclude. Our
-        // writers never do: they replace files. Bytes are plain data, so a change yields wrong values, which checksums
-        // find, and never an invalid one; a file that is cut yields zeros by means of the guard.
-        let map = unsafe { MmapOptions::new().len(len).no_reserve_swap().map_copy(file)? };
-        Ok(guard::Range::register(&map).map(|guard| Mapping { guard, map, mapped: true }))
-    }
-
-    fn read(file: &mut File, len: usize, path: &Path) -> Result<Self> {
-        // Anonymous pages are aligned and come as they are touched, so that a wrong length costs no memory.
-        let mut map = MmapOptions::new().len(len).map_anon().map_err(|e| Error::io(path, e))?;
-        let mut done = 0;
-        while done < len {
-            let end = len.min(done + CHUNK);
-            match file.read(&mut map[done..end]) {
-                Ok(0) => return Err(changed(path, done, len)),
-                Ok(more) => done += more,
-                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
-                Err(e) => return Err(Error::io(path, e)),
-            }
-        }
-        match retried(|| file.read(&mut [0])).map_err(|e| Error::io(path, e))? {
-            0 => Ok(Mapping { guard: None, map, mapped: false }),
-            more => Err(changed(path, len + more, len)),
-        }
     }
 
     /// Asks the system to map the pages of a range at once, which is several times faster than one fault a page.
@@ -134,26 +102,123 @@ pub fn watch_forks() {
     guard::watch_forks();
 }
 
-fn open(path: &Path) -> Result<(File, usize)> {
-    let io = |e| Error::io(path, e);
-    // Asked by path first: opening a pipe would wait for its writer.
-    let about = retried(|| std::fs::metadata(path)).map_err(io)?;
-    if about.is_dir() {
-        return Err(io(std::io::ErrorKind::IsADirectory.into()));
+/// An open file whose bytes are not in memory yet.
+pub struct Source<'a> {
+    file: File,
+    len: usize,
+    path: &'a Path,
+}
+
+impl<'a> Source<'a> {
+    /// Opens a file that is not empty.
+    pub fn open(path: &'a Path) -> Result<Self> {
+        let io = |e| Error::io(path, e);
+        // Asked by path first: opening a pipe would wait for its writer.
+        let about = retried(|| std::fs::metadata(path)).map_err(io)?;
+        if about.is_dir() {
+            return Err(io(std::io::ErrorKind::IsADirectory.into()));
+        }
+        if !about.is_file() {
+            return Err(Error::corrupt(path, "is not a regular file, so it cannot be a vqrs table"));
+        }
+        let file = retried(|| File::open(path)).map_err(io)?;
+        let len = retried(|| file.metadata()).map_err(io)?.len();
+        if len == 0 {
+            return Err(Error::corrupt(path, "is empty, so it is not a vqrs table"));
+        }
+        // No object is larger than the largest isize, mapped files included.
+        match isize::try_from(len) {
+            Ok(len) => Ok(Source { file, len: len as usize, path }),
+            Err(_) => Err(Error::corrupt(path, format!("has {len} bytes, more than this system can address"))),
+        }
     }
-    if !about.is_file() {
-        return Err(Error::corrupt(path, "is not a regular file, so it cannot be a vqrs table"));
+
+    /// Bytes of the file. Never zero, so there is nothing to ask whether it is empty.
+    #[allow(clippy::len_without_is_empty)]
+    pub fn len(&self) -> usize {
+        self.len
     }
-    let file = File::open(path).map_err(io)?;
-    let len = retried(|| file.metadata()).map_err(io)?.len();
-    if len == 0 {
-        return Err(Error::corrupt(path, "is empty, so it is not a vqrs table"));
+
+    /// The mapped file; `None` where it is to be read, or the guard has no room for it.
+    pub fn map(&self, mode: Mode) -> Result<Option<Mapping>> {
+        if mode == Mode::Read {
+            return Ok(None);
+        }
+        // SAFETY: mapped bytes can change when another process writes to the file, which no program can exclude. Our
+        // writers never do: they replace files. Bytes are plain data, so a change yields wrong values, which checksums
+        // find, and never an invalid one; a file that is cut yields zeros by means of the guard. The mapping is private
+        // and copy-on-write: whoever writes to these bytes writes to copies of its own.
+        let map = retried(|| unsafe { MmapOptions::new().len(self.len).no_reserve_swap().map_copy(&self.file) });
+        let map = map.map_err(|e| Error::system(self.path, e, "it cannot be mapped: use mode=\"read\""))?;
+        Ok(guard::Range::register(&map).map(|guard| Mapping { guard, map, mapped: true }))
     }
-    // No object is larger than the largest isize, mapped files included.
-    match isize::try_from(len) {
-        Ok(len) => Ok((file, len as usize)),
-        Err(_) => Err(Error::corrupt(path, format!("has {len} bytes, more than this system can address"))),
+
+    /// Refuses a file that is larger than memory: systems that promise memory which they do not have end processes
+    /// that use it.
+    pub fn check_memory(&self) -> Result<()> {
+        match memory() {
+            Some(memory) if self.len > memory => Err(self.lack()),
+            _ => Ok(()),
+        }
     }
+
+    fn lack(&self) -> Error {
+        Error::Memory { what: "the whole file, read by mode=\"read\" instead of being mapped,", bytes: self.len }
+    }
+
+    /// Some bytes of the file, fewer where it ends before.
+    pub fn part(&mut self, start: usize, len: usize) -> Result<Vec<u8>> {
+        let mut bytes = Vec::new();
+        bytes.try_reserve_exact(len).map_err(|_| self.lack())?;
+        let mut read = || {
+            retried(|| self.file.seek(io::SeekFrom::Start(start as u64)))?;
+            self.file.by_ref().take(len as u64).read_to_end(&mut bytes)
+        };
+        read().map_err(|e| Error::io(self.path, e))?;
+        Ok(bytes)
+    }
+
+    /// Reads the whole file, which must start with `start`: bytes that were looked at before.
+    pub fn read(&mut self, start: &[u8]) -> Result<Mapping> {
+        let (len, path) = (self.len, self.path);
+        let io = |e| Error::io(path, e);
+        self.check_memory()?;
+        // Anonymous pages are aligned and come as they are touched, so that a wrong length costs no memory.
+        let mut map = MmapOptions::new().len(len).map_anon().map_err(|e| match e.kind() {
+            io::ErrorKind::OutOfMemory => self.lack(),
+            _ => io(e),
+        })?;
+        retried(|| self.file.seek(io::SeekFrom::Start(0))).map_err(io)?;
+        let mut done = 0;
+        while done < len {
+            let end = len.min(done + CHUNK);
+            match self.file.read(&mut map[done..end]) {
+                Ok(0) => return Err(changed(path, done, len)),
+                Ok(more) => done += more,
+                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+                Err(e) => return Err(io(e)),
+            }
+        }
+        if !map.starts_with(start) {
+            return Err(Error::corrupt(path, "changed while it was read"));
+        }
+        match retried(|| self.file.read(&mut [0])).map_err(io)? {
+            0 => Ok(Mapping { guard: None, map, mapped: false }),
+            more => Err(changed(path, len + more, len)),
+        }
+    }
+}
+
+/// Bytes of memory that the machine has, where it tells.
+fn memory() -> Option<usize> {
+    #[cfg(unix)]
+    {
+        // SAFETY: takes a number and returns one; -1 where the system does not know.
+        let ask = |name| usize::try_from(unsafe { libc::sysconf(name) }).ok();
+        ask(libc::_SC_PHYS_PAGES)?.checked_mul(ask(libc::_SC_PAGESIZE)?)
+    }
+    #[cfg(not(unix))]
+    None
 }
 
 /// Repeats a call that a signal interrupted.

@@ -72,6 +72,9 @@ struct Names {
     index: Arc<OnceLock<HashMap<String, usize>>>,
 }
 
+/// Errors that a description may state.
+const ERRORS: [&str; 4] = ["relative", "centred", "weighted", "gaussian_bound"];
+
 const NAMES: &str = "vqrs.names";
 const NAME_ENDS: &str = "vqrs.names.ends";
 
@@ -113,28 +116,39 @@ impl Table {
 
     /// Opens a table file.
     pub fn open(path: &Path, verify: Verify, mode: Mode) -> Result<Self> {
-        let file = File::open(path, verify, mode)?;
+        let mut file = File::open(path, verify, mode)?;
         let wrong = |why: String| Error::corrupt(path, why);
-        let description = file.description();
-        let object = |key: &str| description.get(key).and_then(Value::as_object).cloned();
-        let decoder = object("decoder").ok_or_else(|| wrong("the header describes no decoder".into()))?;
-        if let Some((form, known)) = Decoder::unknown_form(&decoder) {
-            let why = format!("needs the decoder form {form:?}; this version reads {known}: install a newer vqrs");
-            return Err(Error::Version { path: path.into(), why });
-        }
-        let decoder = Decoder::from_parts(&decoder, file.tensors()).map_err(|e| wrong(e.to_string()))?;
+        let (mut description, metadata) = file.take_texts();
+        let dim = description.get("dim").and_then(Value::as_u64);
+        let kind = description.get("kind").and_then(Value::as_str).unwrap_or_default().to_owned();
+        let mut object = |key: &str| match description.remove(key) {
+            Some(Value::Object(object)) => Ok(Some(object)),
+            Some(_) => Err(wrong(format!("{key} of the vqrs description is no object"))),
+            None => Ok(None),
+        };
+        let decoder = object("decoder")?.ok_or_else(|| wrong("the header describes no decoder".into()))?;
+        let decoder = Decoder::from_parts(decoder, file.tensors()).map_err(|error| match error {
+            Error::UnknownForm { form, known } => {
+                let why = format!("needs the decoder form {form:?}; this version reads {known}: install a newer vqrs");
+                Error::Version { path: path.into(), why }
+            }
+            other => wrong(other.to_string()),
+        })?;
         if decoder.row_bytes() != file.row_bytes() {
             return Err(wrong(format!("{} code bytes a row, expected {}", file.row_bytes(), decoder.row_bytes())));
         }
-        if description.get("dim").and_then(Value::as_u64) != Some(decoder.dim() as u64) {
+        if dim != Some(decoder.dim() as u64) {
             return Err(wrong(format!("the header's dim is not the decoder's {}", decoder.dim())));
         }
         let about = About {
-            kind: description.get("kind").and_then(Value::as_str).unwrap_or_default().into(),
-            parameters: object("parameters").unwrap_or_default(),
-            errors: object("errors").unwrap_or_default(),
-            metadata: file.metadata().clone(),
+            kind,
+            parameters: object("parameters")?.unwrap_or_default(),
+            errors: object("errors")?.unwrap_or_default(),
+            metadata,
         };
+        if let Some(error) = ERRORS.into_iter().find(|name| about.errors.get(*name).is_some_and(|e| !is_error(e))) {
+            return Err(wrong(format!("the error {error} of the vqrs description is no number from 0 on")));
+        }
         let mut table = Table::new(decoder, file.codes(), file.rows(), about).map_err(|e| wrong(e.to_string()))?;
         table.file = Some(Arc::new(file));
         (table.names, table.as_in_file) = (Arc::default(), true);
@@ -563,6 +577,11 @@ pub fn names_tensors(names: &[String]) -> Result<(Tensor, Tensor)> {
     ))
 }
 
+/// True for the value of an error, which may be unknown.
+fn is_error(value: &Value) -> bool {
+    value.is_null() || value.as_f64().is_some_and(|error| error >= 0.0)
+}
+
 /// The JSON object that a table's file carries.
 pub fn describe(decoder: &Decoder, about: &About, rows: u64) -> Map<String, Value> {
     let mut object = Map::new();
@@ -585,7 +604,7 @@ pub fn layout(decoder: &Decoder, about: &About, extra: &[Tensor]) -> Layout {
     let spec = |t: &Tensor| TensorSpec { name: t.name.clone(), dtype: t.dtype, shape: t.shape.clone() };
     let mut description = describe(decoder, about, 0);
     // Room for every error that may be known by the end, so that the size does not depend on which are.
-    let errors = ["relative", "centred", "weighted", "gaussian_bound"].map(|name| (name.to_owned(), 0.0.into()));
+    let errors = ERRORS.map(|name| (name.to_owned(), 0.0.into()));
     let mut all = Map::from_iter(errors);
     all.extend(about.errors.clone());
     description.insert("errors".into(), Value::Object(all));

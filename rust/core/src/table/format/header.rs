@@ -3,22 +3,25 @@
 //! One function, [`place`], decides where tensors, pads and checksums stand. The writer follows it; the reader takes
 //! names, types and shapes from the header, places them again and refuses any file that differs.
 
+use super::json::{brief, Raw, Strict, DESCRIPTION, HEADER};
 use super::{parameter, Layout, TensorSpec, BLOCK, FOOTER, KNOWN_FEATURES, PROFILE};
 use crate::error::{Error, Result};
 use crate::tensor::Dtype;
-use serde::de::value::MapAccessDeserializer;
-use serde::de::{Deserializer, Error as _, MapAccess, SeqAccess, Visitor};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 use std::collections::{BTreeMap, HashSet};
-use std::fmt;
 use std::ops::Range;
 use std::path::Path;
 
-/// Largest JSON text of a header, in bytes.
+/// Largest JSON text of a header, in bytes, and of the description in it.
 const MAX_HEADER: u64 = 16 << 20;
+const MAX_DESCRIPTION: usize = 4 << 20;
+/// Most bytes of a file: more than any disk has, and few enough for the list of its checksums to be read.
+const MAX_FILE: u64 = 1 << 44;
 /// Most tensors in a file, pads included.
-const MAX_TENSORS: usize = 4096;
+pub(super) const MAX_TENSORS: usize = 4096;
+/// Most bytes of a tensor's name.
+const MAX_NAME: usize = 512;
 /// Most dimensions of a tensor.
 const MAX_DIMENSIONS: usize = 8;
 /// Most bytes of a row. Bounds what a table without rows may claim.
@@ -31,7 +34,7 @@ const ALIGN: u64 = 64;
 const CODES: &str = "codes";
 const BLOCKS: &str = "vqrs.blocks";
 const FOOTER_NAME: &str = "vqrs.footer";
-const METADATA: &str = "__metadata__";
+pub(super) const METADATA: &str = "__metadata__";
 const PAD: &str = "__pad.";
 /// Extra tensors start with this; decoder tensors do not.
 const EXTRA: &str = "vqrs.";
@@ -42,7 +45,7 @@ type Checked<T> = std::result::Result<T, String>;
 /// What a header says of a tensor. Offsets count from the end of the header.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-struct Info {
+pub(super) struct Info {
     dtype: String,
     shape: Vec<u64>,
     data_offsets: [u64; 2],
@@ -153,9 +156,10 @@ fn json(value: &impl Serialize) -> Result<String> {
 pub(super) fn entries(layout: &Layout, header: u64, rows: u64) -> Result<Vec<Entry>> {
     let codes = Spec { name: CODES, dtype: Dtype::U8, shape: vec![rows, layout.row_bytes as u64] };
     let rest = layout.all().map(|t| Spec { name: &t.name, dtype: t.dtype, shape: wide(&t.shape) });
-    place(header, std::iter::once(codes).chain(rest)).ok_or_else(|| Error::OutOfRange {
+    let placed = place(header, std::iter::once(codes).chain(rest));
+    placed.filter(|all| all.last().is_none_or(|last| last.end <= MAX_FILE)).ok_or_else(|| Error::OutOfRange {
         what: format!("a table of {rows} rows of {} bytes", layout.row_bytes),
-        why: "its file would be longer than 64 bits can count".into(),
+        why: format!("its file would be longer than {MAX_FILE} bytes"),
     })
 }
 
@@ -172,8 +176,12 @@ pub(super) fn room(layout: &Layout) -> Result<u64> {
     let pads = (1..all.len()).map(|n| widest(&format!("{PAD}{n}"), Dtype::U8, vec![ALIGN]));
     let all: Vec<_> = pads.chain(all.clone()).collect();
     let tensors = all.len();
-    let text = render(&metadata(layout, &widen_all(&description(layout, u64::MAX)))?, all.into_iter())?;
+    let widest = json(&widen_all(&description(layout, u64::MAX)))?;
+    let text = render(&metadata(layout, &widest), all.into_iter())?;
     let room = (8 + text.len() as u64).next_multiple_of(PAGE);
+    for (what, checked) in [("description", check_size(&widest)), ("metadata", HEADER.check(&text))] {
+        checked.map_err(|why| Error::OutOfRange { what: format!("the table's {what}"), why })?;
+    }
     if tensors > MAX_TENSORS || room - 8 > MAX_HEADER {
         let why = format!("a header of {room} bytes for up to {tensors} tensors, pads included, is above the limits of {MAX_HEADER} bytes and {MAX_TENSORS} tensors");
         return Err(Error::OutOfRange { what: "the table's description, metadata and tensor list".into(), why });
@@ -183,7 +191,7 @@ pub(super) fn room(layout: &Layout) -> Result<u64> {
 
 /// The header, padded with spaces to `room` bytes.
 pub(super) fn header_bytes(layout: &Layout, room: u64, entries: &[Entry], rows: u64) -> Result<Vec<u8>> {
-    let metadata = metadata(layout, &description(layout, rows))?;
+    let metadata = metadata(layout, &json(&description(layout, rows))?);
     let text = render(&metadata, entries.iter().map(|e| (e.name.clone(), e.info(room))))?;
     if 8 + text.len() as u64 > room {
         let found = format!("{} bytes of header", text.len());
@@ -205,11 +213,19 @@ fn description(layout: &Layout, rows: u64) -> Map<String, Value> {
     all
 }
 
-fn metadata(layout: &Layout, description: &Map<String, Value>) -> Result<BTreeMap<String, String>> {
+fn metadata(layout: &Layout, description: &str) -> BTreeMap<String, String> {
     let mut all = layout.metadata.clone();
     all.insert("format".into(), "pt".into());
-    all.insert("vqrs".into(), json(description)?);
-    Ok(all)
+    all.insert("vqrs".into(), description.into());
+    all
+}
+
+/// Refuses the text of a description that holds more than one may.
+fn check_size(description: &str) -> Checked<()> {
+    match description.len() {
+        found if found > MAX_DESCRIPTION => Err(format!("{found} bytes, expected at most {MAX_DESCRIPTION}")),
+        _ => DESCRIPTION.check(description),
+    }
 }
 
 fn widen_all(map: &Map<String, Value>) -> Map<String, Value> {
@@ -261,6 +277,7 @@ fn check_name(name: &str) -> std::result::Result<(), &'static str> {
         "" => Err("a tensor has a name"),
         CODES | BLOCKS | FOOTER_NAME => Err("this name is reserved"),
         _ if name.starts_with("__") => Err("names that start with two underscores are reserved"),
+        _ if name.len() > MAX_NAME => Err("a name has at most 512 bytes"),
         _ => Ok(()),
     }
 }
@@ -287,25 +304,48 @@ pub(super) struct Header {
     pub(super) size: usize,
 }
 
-/// Reads the header of a file whose bytes are all here, and checks that it describes exactly these bytes.
-pub(super) fn parse(path: &Path, bytes: &[u8]) -> Result<Header> {
+impl Header {
+    /// Bytes of the list of checksums.
+    pub(super) fn blocks(&self) -> Range<usize> {
+        self.entries.iter().find(|entry| entry.is_blocks()).map_or(0..0, Entry::range)
+    }
+}
+
+/// Bytes from the start of a file that tell its header's size, and whether it can be one.
+pub(super) const START: usize = 9;
+
+/// Bytes from the start of a file up to the end of its header, as its first nine say; so many where that cannot be.
+pub(super) fn size(start: &[u8]) -> usize {
+    match start.split_first_chunk() {
+        Some((length, [b'{'])) => START.max(8 + u64::from_le_bytes(*length).min(MAX_HEADER) as usize),
+        _ => START,
+    }
+}
+
+/// Reads the header of a file of `length` bytes, of which those up to the end of the header are here, and checks that
+/// it describes exactly so many.
+pub(super) fn parse(path: &Path, bytes: &[u8], length: u64) -> Result<Header> {
     let refuse = |why: String| Error::corrupt(path, why);
     let text = text(bytes).map_err(|why| refuse(foreign(bytes).map_or(why, not_a_table)))?;
-    let raw: Raw = serde_json::from_str(text).map_err(|e| {
-        refuse(foreign(bytes).map_or_else(|| format!("the header is not what a table has: {e}"), not_a_table))
+    let padded = text.bytes().rposition(|byte| byte != b' ').map_or(0, |last| last + 1);
+    let json = text.get(..padded).unwrap_or(text);
+    let raw = HEADER.check(json).and_then(|()| serde_json::from_str::<Raw>(json).map_err(|e| e.to_string()));
+    let raw = raw.map_err(|why| {
+        refuse(foreign(bytes).map_or_else(|| format!("the header is not what a table has: {why}"), not_a_table))
     })?;
     let Some(mut metadata) = raw.metadata.filter(|all| all.contains_key("vqrs")) else {
         return Err(refuse(not_a_table("a safetensors file without a vqrs description")));
     };
     let own = metadata.remove("vqrs").unwrap_or_default();
-    let Strict(own) = serde_json::from_str(&own).map_err(|e| refuse(format!("the vqrs description: {e}")))?;
+    let own = check_size(&own).and_then(|()| serde_json::from_str(&own).map_err(|e| e.to_string()));
+    let Strict(own) = own.map_err(|why| refuse(format!("the vqrs description: {why}")))?;
     let Value::Object(description) = own else {
         return Err(refuse("the vqrs description is not a JSON object".into()));
     };
     check_version(path, &description)?;
     let size = 8 + text.len();
-    check_text(text).and_then(|()| check_format(&mut metadata)).map_err(refuse)?;
-    let entries = check_tensors(&raw.tensors, size as u64, bytes.len() as u64).map_err(refuse)?;
+    check_text(json, size as u64).and_then(|()| check_format(&mut metadata)).map_err(refuse)?;
+    let entries = check_tensors(&raw.tensors, size as u64, length).map_err(refuse)?;
     check_description(&description, &entries[0]).map_err(refuse)?;
     Ok(Header { metadata, description, entries, size })
 }
@@ -318,6 +358,12 @@ fn text(bytes: &[u8]) -> Checked<&str> {
     if length > MAX_HEADER {
         let limit = format!("more than the {MAX_HEADER} that are allowed: it is damaged or not a vqrs table");
         return Err(format!("states a header of {length} bytes, {limit}"));
+    }
+    if rest.first().is_some_and(|first| *first != b'{') {
+        return Err(format!(
+            "the header is not what a table has: it starts with the byte {:#04x}, expected '{{'",
+            rest[0]
+        ));
     }
     let Some(text) = rest.get(..length as usize) else {
         return Err(format!("states a header of {length} bytes, but only {} follow: it was cut", rest.len()));
@@ -349,26 +395,30 @@ fn check_version(path: &Path, description: &Map<String, Value>) -> Result<()> {
         return Err(Error::corrupt(path, format!("the vqrs description names no profile, expected {PROFILE:?}")));
     };
     if profile != PROFILE {
-        return needs(format!("has the profile {profile:?}, but this library reads {PROFILE:?}: update vqrs"));
+        return needs(format!("has the profile {}, but this library reads {PROFILE:?}: update vqrs", brief(profile)));
     }
     let listed = description.get("requires").and_then(Value::as_array);
     let features: Option<Vec<&str>> = listed.and_then(|all| all.iter().map(Value::as_str).collect());
     let Some(features) = features else {
         return Err(Error::corrupt(path, "the vqrs description has no list of required features"));
     };
-    let unknown: Vec<&str> = features.into_iter().filter(|name| !KNOWN_FEATURES.contains(name)).collect();
+    let mut unknown: Vec<&str> = features.into_iter().filter(|name| !KNOWN_FEATURES.contains(name)).collect();
     if unknown.is_empty() {
         return Ok(());
     }
-    needs(format!("requires features that this library does not know: {}: update vqrs", unknown.join(", ")))
+    if unknown.len() > 20 {
+        unknown.truncate(20);
+        unknown.push("...");
+    }
+    let names: Vec<String> = unknown.into_iter().map(|name| name.chars().take(100).collect()).collect();
+    needs(format!("requires features that this library does not know: {}: update vqrs", names.join(", ")))
 }
 
-fn check_text(text: &str) -> Checked<()> {
-    let size = 8 + text.len() as u64;
+fn check_text(json: &str, size: u64) -> Checked<()> {
     if !size.is_multiple_of(PAGE) {
         return Err(format!("the header takes {size} bytes, expected a multiple of {PAGE}"));
     }
-    if !text.starts_with('{') || !text.trim_end_matches(' ').ends_with('}') {
+    if !json.ends_with('}') {
         return Err("the header is padded with something else than spaces behind it".into());
     }
     Ok(())
@@ -377,7 +427,7 @@ fn check_text(text: &str) -> Checked<()> {
 fn check_format(metadata: &mut BTreeMap<String, String>) -> Checked<()> {
     match metadata.remove("format").as_deref() {
         Some("pt") => Ok(()),
-        found => Err(format!("the metadata has format={found:?}, expected \"pt\"")),
+        found => Err(format!("the metadata has format={}, expected \"pt\"", brief(found.unwrap_or_default()))),
     }
 }
 
@@ -408,6 +458,7 @@ fn check_tensors(found: &[(String, Info)], header: u64, length: u64) -> Checked<
     compare(found, &expected, header)?;
     let end = expected.last().map_or(0, |entry| entry.end);
     match length {
+        _ if end > MAX_FILE => Err(format!("describes {end} bytes, expected at most {MAX_FILE}")),
         _ if length < end => Err(format!("has {length} bytes, expected {end}: it was cut")),
         _ if length > end => Err(format!("has {length} bytes, expected {end}: something was appended")),
         _ => Ok(expected),
@@ -453,142 +504,10 @@ fn check_description(description: &Map<String, Value>, codes: &Entry) -> Checked
         match description.get(key) {
             Some(found) if found.as_u64() == Some(*expected) => {}
             found => {
-                let found = found.map_or_else(|| "nothing".into(), Value::to_string);
+                let found = found.map_or_else(|| "nothing".into(), |value| brief(&value.to_string()));
                 return Err(format!("the vqrs description says {found} for {key}, but the codes have {expected}"));
             }
         }
     }
     Ok(())
-}
-
-// ---------------------------------------------------------------- JSON without second meanings
-
-/// The header as it stands, keys in order, none twice.
-struct Raw {
-    metadata: Option<BTreeMap<String, String>>,
-    tensors: Vec<(String, Info)>,
-}
-
-/// Any JSON value whose objects have no key twice.
-struct Strict(Value);
-
-/// The next key of an object, refused if it was there before.
-fn next_key<'de, A: MapAccess<'de>>(
-    map: &mut A,
-    seen: &mut HashSet<String>,
-) -> std::result::Result<Option<String>, A::Error> {
-    let key: Option<String> = map.next_key()?;
-    match key {
-        Some(key) if !seen.insert(key.clone()) => Err(A::Error::custom(format!("the key {key:?} stands here twice"))),
-        key => Ok(key),
-    }
-}
-
-macro_rules! deserialize_map {
-    ($type:ty, $expects:literal, |$map:ident| $body:block) => {
-        impl<'de> Deserialize<'de> for $type {
-            fn deserialize<D: Deserializer<'de>>(deserializer: D) -> std::result::Result<Self, D::Error> {
-                struct Access;
-                impl<'de> Visitor<'de> for Access {
-                    type Value = $type;
-                    fn expecting(&self, f: &mut fmt::Formatter) -> fmt::Result {
-                        f.write_str($expects)
-                    }
-                    fn visit_map<A: MapAccess<'de>>(self, mut $map: A) -> std::result::Result<$type, A::Error> $body
-                }
-                deserializer.deserialize_map(Access)
-            }
-        }
-    };
-}
-
-/// [`Info`] as an object; what serde derives would also take a list.
-struct InfoObject(Info);
-
-deserialize_map!(InfoObject, "an object with dtype, shape and data_offsets", |map| {
-    Info::deserialize(MapAccessDeserializer::new(&mut map)).map(InfoObject)
-});
-
-/// An object of strings.
-struct Strings(BTreeMap<String, String>);
-
-deserialize_map!(Strings, "an object of strings", |map| {
-    let (mut seen, mut all) = (HashSet::new(), BTreeMap::new());
-    while let Some(key) = next_key(&mut map, &mut seen)? {
-        all.insert(key, map.next_value()?);
-    }
-    Ok(Strings(all))
-});
-
-deserialize_map!(Raw, "an object of tensors", |map| {
-    let mut seen = HashSet::new();
-    let mut raw = Raw { metadata: None, tensors: Vec::new() };
-    while let Some(key) = next_key(&mut map, &mut seen)? {
-        if key == METADATA {
-            raw.metadata = Some(map.next_value::<Strings>()?.0);
-            continue;
-        }
-        if raw.tensors.len() == MAX_TENSORS {
-            return Err(A::Error::custom(format!("more than {MAX_TENSORS} tensors")));
-        }
-        raw.tensors.push((key, map.next_value::<InfoObject>()?.0));
-    }
-    Ok(raw)
-});
-
-impl<'de> Deserialize<'de> for Strict {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> std::result::Result<Self, D::Error> {
-        deserializer.deserialize_any(AnyValue)
-    }
-}
-
-struct AnyValue;
-
-impl<'de> Visitor<'de> for AnyValue {
-    type Value = Strict;
-
-    fn expecting(&self, f: &mut fmt::Formatter) -> fmt::Result {
-        f.write_str("a JSON value")
-    }
-
-    fn visit_bool<E>(self, value: bool) -> std::result::Result<Strict, E> {
-        Ok(Strict(value.into()))
-    }
-
-    fn visit_i64<E>(self, value: i64) -> std::result::Result<Strict, E> {
-        Ok(Strict(value.into()))
-    }
-
-    fn visit_u64<E>(self, value: u64) -> std::result::Result<Strict, E> {
-        Ok(Strict(value.into()))
-    }
-
-    fn visit_f64<E>(self, value: f64) -> std::result::Result<Strict, E> {
-        Ok(Strict(value.into()))
-    }
-
-    fn visit_str<E>(self, value: &str) -> std::result::Result<Strict, E> {
-        Ok(Strict(value.into()))
-    }
-
-    fn visit_unit<E>(self) -> std::result::Result<Strict, E> {
-        Ok(Strict(Value::Null))
-    }
-
-    fn visit_seq<A: SeqAccess<'de>>(self, mut list: A) -> std::result::Result<Strict, A::Error> {
-        let mut all = Vec::new();
-        while let Some(Strict(value)) = list.next_element()? {
-            all.push(value);
-        }
-        Ok(Strict(Value::Array(all)))
-    }
-
-    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> std::result::Result<Strict, A::Error> {
-        let (mut seen, mut all) = (HashSet::new(), Map::new());
-        while let Some(key) = next_key(&mut map, &mut seen)? {
-            let Strict(value) = map.next_value()?;
-            all.insert(key, value);
-        }
-        Ok(Strict(Value::Object(all)))
-    }
 }
