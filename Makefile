@@ -8,13 +8,14 @@ PIP := $(RUN) -m pip --disable-pip-version-check
 PYTEST := $(RUN) -m pytest -q
 NEXTEST := $(shell cargo nextest --version >/dev/null 2>&1 && echo nextest run || echo test)
 SOURCES := pyproject.toml Cargo.toml $(wildcard Cargo.lock) $(shell find rust -name '*.rs' -o -name Cargo.toml)
+FUZZ_TARGETS := raw header decoder
 PYTHON_FILES := python tests benches examples docs tools
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 .PHONY: help demo test test-rust test-fast test-slow test-torch check check-rust check-python check-docs \
-        docs faults sanitize miri bench bench-kernels bench-speed bench-compare bench-report bench-memory bench-torch bench-ctr-small clean
+        docs faults fuzz sanitize miri bench bench-kernels bench-speed bench-compare bench-report bench-memory bench-torch bench-ctr-small clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -67,6 +68,21 @@ sanitize: $(VENV)/with-test ## tests of the Rust core under the sanitizers and v
 
 miri: $(VENV)/with-test ## tests of the scalar kernels under Miri, where the nightly toolchain has it
 	$(RUN) -m benches.faults "R21 miri" --count 1
+
+fuzz: $(VENV)/with-test ## fuzz the reader of table files for a minute (with cargo-fuzz and a nightly compiler)
+	@if cargo +nightly fuzz --version >/dev/null 2>&1; then \
+	    cd rust/fuzz && cargo +nightly fuzz build --fuzz-dir . && for target in $(FUZZ_TARGETS); do \
+	        mkdir -p target/corpus/$$target && echo "fuzzing $$target" && cargo +nightly fuzz run --fuzz-dir . $$target \
+	            target/corpus/$$target corpus/$$target -- -max_total_time=15 -max_len=8192 -timeout=20 \
+	            -rss_limit_mb=2048 -dict=words.dict -print_final_stats=1 > target/$$target.log 2>&1 \
+	            || { tail -n 40 target/$$target.log; exit 1; }; \
+	        grep stat::number_of_executed_units target/$$target.log; \
+	    done; \
+	else \
+	    echo "left out: fuzzing in Rust needs cargo-fuzz and a nightly compiler:"; \
+	    echo "    rustup toolchain install nightly && cargo install cargo-fuzz"; \
+	fi
+	$(RUN) -m benches.faults "R4 in Python" --count 500
 
 bench: bench-kernels bench-speed ## kernels by themselves, then beside the peers
 

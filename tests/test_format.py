@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 import vqrs
+from benches.faults._mutate import Parts
 from vqrs import _core, reference
 
 DATA = Path(__file__).parent / "data"
@@ -129,6 +130,18 @@ def test_golden_tables_keep_the_rules_of_the_profile(path):
         else:
             assert start % 64 == 0
     assert size + end == len(content)
+
+
+@pytest.mark.parametrize("last", [64, 128, 192, 256, 1024, 1088])
+def test_reference_reads_blocks_of_every_length(last, tmp_path):
+    """XXH3 has a way of its own for each range of lengths."""
+    parts = Parts((DATA / "levels-float16-v1.safetensors").read_bytes())
+    parts.tensors = {"codes": ["U8", [(65536 - 4096 + last) // 10, 10], bytes((65536 - 4096 + last) // 10 * 10)]}
+    parts.description["rows"] = parts.tensors["codes"][1][0]
+    path = tmp_path / "table.safetensors"
+    path.write_bytes(parts.content())
+    assert byte_range(path, "vqrs.blocks").start == 65536 + last
+    assert reference.read_table(path).rows().tobytes() == vqrs.open(path, verify="full").to_numpy().tobytes()
 
 
 # ---- damage --------------------------------------------------------------------------------------------------------

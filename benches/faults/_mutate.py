@@ -272,7 +272,7 @@ class Mutator:
                 self.edit(parts.description.get("decoder", parts.description))
             elif what == 5:
                 self.edit(parts.description)
-            elif what == 6:
+            elif what == 6 and "codes" in parts.tensors:
                 self.wrap(parts)
             elif what < 9 and parts.tensors:
                 self.tensor(parts)

@@ -507,9 +507,11 @@ def decode_switch(description: Mapping[str, Any], tensors: Tensors, codes: NDArr
     # The first case that has a row reads it.
     for at, case in reversed(list(enumerate(description["cases"]))):
         own = tensors.get(f"cases.{at}.codes", np.empty((case["rows"], 0), np.uint8))
+        if "start" in case:
+            own = own[: max(len(rows) - case["start"], 0)]
         decoded = decode(case["decoder"], _inner(tensors, f"cases.{at}.decoder."), own)
         if "start" in case:
-            numbers = np.arange(case["start"], case["start"] + case["rows"])
+            numbers = min(case["start"], len(rows)) + np.arange(len(own))
         else:
             numbers = unpack_bits(tensors[f"cases.{at}.ids"][None], case["bits"], case["rows"])[0]
         inside = numbers < len(rows)
@@ -1516,7 +1518,14 @@ WORD = 2**64 - 1
 
 
 class File(NamedTuple):
-    """A table file, as :func:`read_table` finds it."""
+    """A table file, as :func:`read_table` finds it.
+
+    Examples
+    --------
+    >>> description = {"decoder": {"form": "levels", "dim": 2, "dtype": "float16"}}
+    >>> File(description, {}, {"codes": np.array([[1, 2]], np.float16).view(np.uint8)}).rows()
+    array([[1., 2.]], dtype=float32)
+    """
 
     description: dict[str, Any]
     """What the table says of itself."""
@@ -1584,7 +1593,7 @@ def read_table(path: str | os.PathLike[str]) -> File:
     }
     _check_content(content, size, places, tensors)
     decoder = description.get("decoder")
-    _require(isinstance(decoder, dict) and "form" in decoder, "no decoder")
+    _require(isinstance(decoder, dict) and isinstance(decoder.get("form"), str), "no decoder")
     if decoder["form"] not in FORMS:
         raise ValueError(f"unknown decoder form {decoder['form']!r}: expected one of {', '.join(sorted(FORMS))}")
     _require(_same(description.get("dim"), decoder.get("dim")), "another dim than the decoder's")
