@@ -504,7 +504,7 @@ fn check_description(description: &Map<String, Value>, codes: &Entry) -> Checked
         match description.get(key) {
             Some(found) if found.as_u64() == Some(*expected) => {}
             found => {
-                let found =
+                let found: String =
                     found.map_or_else(|| "nothing".into(), |value| value.to_string().chars().take(100).collect());
                 return Err(format!("the vqrs description says {found} for {key}, but the codes have {expected}"));
             }
