@@ -5,6 +5,7 @@ Each soak runs in a process of its own: ``python -m benches.faults.soak opens 10
 
 import argparse
 import contextlib
+import ctypes
 import functools
 import gc
 import json
@@ -46,6 +47,8 @@ def has_torch() -> str | None:
 def held() -> dict[str, int]:
     """Bytes of memory that are this process's own, its mappings of tables, and its descriptors."""
     gc.collect()
+    with contextlib.suppress(AttributeError):  # what the C library keeps of freed memory is not held by anybody
+        ctypes.CDLL(None).malloc_trim(0)
     lines = [line.split() for line in Path("/proc/self/smaps_rollup").read_text().splitlines()]
     private = sum(int(line[1]) * 1024 for line in lines if line[0] in ("Private_Clean:", "Private_Dirty:"))
     maps = Path("/proc/self/maps").read_text().splitlines()
