@@ -619,3 +619,52 @@ def test_negative_sizes_are_refused():
         vqrs.estimate(-1, 5)
     with pytest.raises(ValueError, match="k=-1"):
         vqrs.compress(np.eye(4), method="scalar").search(np.ones(4), k=-1)
+
+
+# ---- values at the edges -------------------------------------------------------------------------------------------
+
+
+def test_errors_of_rows_that_are_all_equal_or_zero(x):
+    """Nothing is left of equal rows without their mean; an error of zeros is the largest number, not infinity."""
+    equal = np.full((5, 3), 0.1, np.float32)
+    quantizer = ScalarQuantizer("int4").fit(x[:, :3])
+    assert "centred" not in quantizer.compress(equal).info()["errors"]
+    assert np.isfinite(quantizer.score(np.zeros((5, 3))))
+    coarse = VectorQuantizer(1, random_state=0).fit(x[:, :3])
+    assert np.isfinite(coarse.score(np.zeros((5, 3))))
+    assert np.isfinite(coarse.compress(np.zeros((5, 3))).relative_error)
+
+
+def test_centred_error_of_rows_close_together(x):
+    """In float32, so that what is left of the rows is known."""
+    near = (1e4 + x.astype(np.float64)).astype(np.float32)
+    table = ScalarQuantizer("int8", granularity="row").fit(near).compress(near)
+    wide = near.astype(np.float64)
+    expected = ((wide - table.to_numpy()) ** 2).sum() / ((wide - wide.mean(axis=0)) ** 2).sum()
+    assert table.info()["errors"]["centred"] == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, 1e30])
+@pytest.mark.parametrize("by", ["norm", "importance"])
+def test_mixed_precision_refuses_rows_by_their_place(x, value, by):
+    wrong = x.copy()
+    wrong[7, 2] = value
+    quantizer = vqrs.MixedPrecisionQuantizer([ScalarQuantizer("int4")], n_bits=16.0, by=by)
+    with pytest.raises(ValueError, match="row 7, column 2"):
+        quantizer.fit(wrong, sample_weight=np.ones(len(x)))
+    quantizer.fit(x, sample_weight=np.ones(len(x)))
+    with pytest.raises(ValueError, match="row 7, column 2"):
+        quantizer.compress(wrong, sample_weight=np.ones(len(x)))
+    with pytest.raises(ValueError, match=r"sample_weight\[0\]"):
+        quantizer.fit(x, sample_weight=np.full(len(x), np.nan))
+
+
+@pytest.mark.parametrize("weight", [np.nan, np.inf, -1.0, 1e300])
+@pytest.mark.parametrize("method", ["partial_fit", "score"])
+def test_clusters_refuse_weights_that_are_none(x, weight, method):
+    kmeans = vqrs.KMeans(3, random_state=0).fit(x)
+    weights = np.ones(len(x))
+    weights[4] = weight
+    with pytest.raises(ValueError, match=r"sample_weight\[4\]"):
+        getattr(kmeans, method)(x, sample_weight=weights)
+    assert np.isfinite(kmeans.cluster_centers_).all()

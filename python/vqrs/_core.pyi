@@ -252,6 +252,9 @@ class TableWriter:
     def abort(self) -> None:
         """Removes what was written."""
 
+def check_rows(x: NDArray[np.float32], sample_weight: NDArray[np.float64] | None = None) -> None:
+    """Refuses rows and weights that a fit refuses: not finite, too large, negative."""
+
 def reconstruction_errors(
     x: NDArray[np.float32],
     codes: NDArray[np.uint8],
@@ -259,8 +262,8 @@ def reconstruction_errors(
     sample_weight: NDArray[np.float64] | None = None,
     n_jobs: int | None = None,
 ) -> dict[str, float]:
-    """``relative`` (squared error over squared norm), ``centred`` (over the squared norm after removing the mean row) and,
-    with weights, ``weighted``."""
+    """``relative`` (squared error over squared norm), ``centred`` (over the squared norm after removing the mean row;
+    not for rows that are all equal) and, with weights, ``weighted``."""
 
 def kmeans_fit(
     x: NDArray[np.float32],

@@ -281,6 +281,7 @@ class KMeans(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, Es
             return self.fit(X, sample_weight=sample_weight)
         x = self._read_rows(X, reset=False)
         weights = as_weights(sample_weight, len(x))
+        _core.check_rows(x, weights)
         self.labels_, distances = _core.kmeans_predict(x, self.cluster_centers_, self.metric, as_jobs(self.n_jobs))
         self.inertia_ = _weighted_sum(distances, weights)
         self._move_centers(x, np.ones(len(x)) if weights is None else weights)
@@ -344,7 +345,8 @@ class KMeans(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, Es
         ndarray of shape (n_samples,), int32
             Numbers of the centres.
         """
-        return self._nearest(X)[0]
+        check_is_fitted(self)
+        return self._nearest(self._read_rows(X, reset=False))[0]
 
     def transform(self, X: Any) -> NDArray[np.float32]:
         """Distances to all centres, not squared (1 − cosine, if ``metric="cosine"``).
@@ -380,12 +382,13 @@ class KMeans(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, Es
         float
             Minus the weighted sum of squared distances.
         """
-        distances = self._nearest(X)[1]
-        return -_weighted_sum(distances, as_weights(sample_weight, len(distances)))
-
-    def _nearest(self, X: Any) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
         check_is_fitted(self)
         x = self._read_rows(X, reset=False)
+        weights = as_weights(sample_weight, len(x))
+        _core.check_rows(x, weights)
+        return -_weighted_sum(self._nearest(x)[1], weights)
+
+    def _nearest(self, x: NDArray[np.float32]) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
         return _core.kmeans_predict(x, self.cluster_centers_, self.metric, as_jobs(self.n_jobs))
 
     @property

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from numbers import Real
@@ -16,7 +17,7 @@ from vqrs import _core
 from vqrs._base import Quantizer
 from vqrs._encode import LARGEST_BOUND_DIM, SAMPLE_ROWS
 from vqrs._interrupt import interruptible
-from vqrs._validation import as_seed, as_weights
+from vqrs._validation import as_jobs, as_seed, as_weights
 from vqrs.metrics import gaussian_bound
 
 try:
@@ -158,6 +159,7 @@ class MixedPrecisionQuantizer(Quantizer):
         x = self._read_rows(X, reset=True)
         weights = as_weights(sample_weight, len(x))
         self._check_parameters()
+        _core.check_rows(x, weights)
         self.by_ = self.by if self.by != "auto" else "norm" if weights is None else "sample_weight"
         order, importance = self._importance(x, weights)
         with self._progress(x, {"sample_weight": sample_weight}):
@@ -179,7 +181,7 @@ class MixedPrecisionQuantizer(Quantizer):
             else:
                 row_options = _fill(np.repeat(chosen, np.diff(classes)), options, importance, budget)
             self._fit_groups(x, weights, order, importance, [options[option] for option in row_options])
-        return self.transform(x)
+        return self._codec.encode(x, n_jobs=as_jobs(self.n_jobs))
 
     def _check_parameters(self) -> None:
         if not isinstance(self.n_bits, Real) or not 0 < self.n_bits <= 32:
@@ -289,7 +291,7 @@ class MixedPrecisionQuantizer(Quantizer):
         widest = max((quantizer for quantizer, _ in groups), key=lambda quantizer: quantizer.row_bytes_)
         self._set_codec(widest._codec)
         self.n_iter_ = max(quantizer.n_iter_ for quantizer, _ in groups)
-        self.relative_error_ = error / energy if error else 0.0
+        self.relative_error_ = _share(error, energy)
 
     def _compress_within(
         self,
@@ -376,6 +378,7 @@ class MixedPrecisionQuantizer(Quantizer):
         weights = as_weights(sample_weight, len(x))
         if weights is None and self.by_ != "norm":
             raise ValueError(f"sample_weight is needed: the groups were made by {self.by_!r} of the rows in fit")
+        _core.check_rows(x, weights)
         order, importance = self._importance(x, weights)
         # Thresholds fall: a row belongs to the first group whose least importance it reaches.
         group_of = np.empty(len(x), np.uint8)
@@ -421,16 +424,25 @@ def _squared_errors(x: NDArray[np.float32], decoded: NDArray[Any]) -> NDArray[np
     return ((x.astype(np.float64) - decoded) ** 2).sum(1)
 
 
+def _share(error: float, energy: float) -> float:
+    """The largest number where rows of zeros were decoded to something else."""
+    return 0.0 if error == 0 else min(error / max(energy, sys.float_info.min), sys.float_info.max)
+
+
 def _errors(
     x: NDArray[np.float32], decoded: NDArray[np.float32], weights: NDArray[np.float64] | None, nbytes: int
 ) -> dict[str, float]:
     """What a table's header says of its errors."""
     row_errors, energies = _squared_errors(x, decoded), _squared_errors(x, np.zeros(1))
-    centred = float(_squared_errors(x, x.mean(0, dtype=np.float64)).sum())
-    error, tiny = float(row_errors.sum()), float(np.finfo(np.float64).tiny)
-    errors = {"relative": error / max(float(energies.sum()), tiny), "centred": error / max(centred, tiny)}
+    # From the first row on, so that rows far from zero but close together lose no digits.
+    apart = x.astype(np.float64) - x[0]
+    centred = float(((apart - apart.mean(0)) ** 2).sum())
+    error = float(row_errors.sum())
+    errors = {"relative": _share(error, float(energies.sum()))}
+    if apart.any() or error == 0:
+        errors["centred"] = _share(error, centred)
     if weights is not None:
-        errors["weighted"] = float(weights @ row_errors) / max(float(weights @ energies), tiny)
+        errors["weighted"] = _share(float(weights @ row_errors), float(weights @ energies))
     if x.shape[1] <= LARGEST_BOUND_DIM:
         bound = interruptible(gaussian_bound, x[:: max(1, len(x) // SAMPLE_ROWS)], 8 * nbytes / x.size)
         errors["gaussian_bound"] = float(f"{bound:.6g}")

@@ -179,9 +179,10 @@ class Table:
             What the file's header says (kind, parameters, decoder, library), ``path``, ``tensors`` (shapes of the codes
             and of what decodes them), ``nbytes``, ``float32_nbytes``, ``ratio``, ``bits_per_value`` (all bytes
             counted), and ``errors``: ``relative`` (squared error over squared norm), ``centred`` (the same after
-            removing the mean row), ``weighted`` if the rows had weights, ``gaussian_bound``, the least relative error
-            of any code of as many bits on Gaussian rows of the same covariance, and ``above_bound_db``, the distance of
-            ``relative`` to it in decibels (6.02 dB are worth one bit a value; None where it has none).
+            removing the mean row; not for rows that are all equal), ``weighted`` if the rows had weights,
+            ``gaussian_bound``, the least relative error of any code of as many bits on Gaussian rows of the same
+            covariance, and ``above_bound_db``, the distance of ``relative`` to it in decibels (6.02 dB are worth one
+            bit a value; None where it has none).
         """
         return self._header() | {
             "path": self.path,

@@ -1,7 +1,7 @@
 //! Class `Codec`: one for all quantizers.
 
 use crate::array::{checked, from_json, matrix, rows, tensors, tensors_from, to_json};
-use crate::call::long;
+use crate::call::{detached, long};
 use numpy::{PyArray2, PyReadonlyArray1, PyReadonlyArray2};
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
@@ -9,7 +9,7 @@ use pyo3::types::{PyDict, PyList};
 use serde_json::{Map, Value};
 use vqrs_core::decoder::Decoder;
 use vqrs_core::error::{Error, Result};
-use vqrs_core::matrix::{Matrix, Sample};
+use vqrs_core::matrix::{check_weights, Matrix, Sample};
 use vqrs_core::pool::Context;
 use vqrs_core::quantizer::{self, ErrorSums, BLOCK_ROWS, KINDS};
 
@@ -96,6 +96,22 @@ fn errors(
     let mut sums = ErrorSums::default();
     sums.add(x, codes, weights, codec.decoder(), ctx)?;
     Ok(sums.finish(weights.is_some()))
+}
+
+/// Refuses what a fit refuses in rows and weights.
+#[pyfunction]
+#[pyo3(signature = (x, sample_weight=None))]
+pub fn check_rows<'py>(
+    py: Python<'py>,
+    x: PyReadonlyArray2<'py, f32>,
+    sample_weight: Option<PyReadonlyArray1<'py, f64>>,
+) -> PyResult<()> {
+    let x = matrix(&x)?;
+    let weights = sample_weight.as_ref().map(|w| w.as_slice()).transpose()?;
+    detached(py, || {
+        x.check()?;
+        weights.map_or(Ok(()), check_weights)
+    })
 }
 
 /// Relative errors of codes: `relative`, `centred` and, with weights, `weighted`.

@@ -44,6 +44,7 @@ fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_function(wrap_pyfunction!(codec::kinds, module)?)?;
     module.add_function(wrap_pyfunction!(codec::estimate, module)?)?;
     module.add_function(wrap_pyfunction!(codec::fit, module)?)?;
+    module.add_function(wrap_pyfunction!(codec::check_rows, module)?)?;
     module.add_function(wrap_pyfunction!(codec::reconstruction_errors, module)?)?;
     module.add_function(wrap_pyfunction!(kmeans::kmeans_fit, module)?)?;
     module.add_function(wrap_pyfunction!(kmeans::kmeans_predict, module)?)?;

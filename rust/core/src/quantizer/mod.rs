@@ -332,7 +332,10 @@ pub struct ErrorSums {
     energy: f64,
     weighted_error: f64,
     weighted_energy: f64,
-    columns: Vec<f64>,
+    /// The first row: what others are compared with, so that rows far from zero but close together lose no digits.
+    first: Vec<f32>,
+    /// Sums of each column's differences from the first row, and of their squares.
+    columns: Vec<(f64, f64)>,
 }
 
 /// Columns that one task adds up.
@@ -369,27 +372,43 @@ impl ErrorSums {
             self.weighted_energy += weight * energy;
         }
         self.rows += rows.rows() as f64;
-        self.columns.resize(dim, 0.0);
+        self.columns.resize(dim, (0.0, 0.0));
+        if self.first.is_empty() {
+            self.first.extend(rows.data().iter().take(dim));
+        }
+        let first = &self.first;
         ctx.chunks(&mut self.columns, SUM_COLUMNS, |index, sums| {
             for rows in rows.data().chunks(BLOCK_ROWS * dim) {
                 ctx.check()?;
                 for row in rows.chunks(dim) {
-                    let values = &row[index * SUM_COLUMNS..];
-                    sums.iter_mut().zip(values).for_each(|(sum, value)| *sum += f64::from(*value));
+                    let values = row.iter().zip(first).skip(index * SUM_COLUMNS);
+                    for ((sum, squares), (value, first)) in sums.iter_mut().zip(values) {
+                        let difference = f64::from(*value) - f64::from(*first);
+                        *sum += difference;
+                        *squares += difference * difference;
+                    }
                 }
+            }
             }
             Ok(())
         })
     }
 
-    /// `relative`: squared error over squared norm. `centred`: over the squared norm left after removing the mean row.
-    /// `weighted`, if weights were given. An error of nothing is 0, whatever it is divided by.
+    /// `relative`: squared error over squared norm. `centred`: over the squared norm left after removing the mean row,
+    /// where any is left. `weighted`, if weights were given. An error of nothing is 0, whatever it is divided by, and one
+    /// of rows of zeros the largest number.
     pub fn finish(&self, weighted: bool) -> Map<String, Value> {
-        let mean_energy = self.columns.iter().map(|sum| sum * sum).sum::<f64>() / self.rows.max(1.0);
-        let share = |error: f64, energy: f64| if error == 0.0 { 0.0 } else { error / energy.max(f64::MIN_POSITIVE) };
+        let left = |(sum, squares): &(f64, f64)| (squares - sum * sum / self.rows.max(1.0)).max(0.0);
+        let centred: f64 = self.columns.iter().map(left).sum();
+        let share = |error: f64, energy: f64| match error == 0.0 {
+            true => 0.0,
+            false => (error / energy.max(f64::MIN_POSITIVE)).min(f64::MAX),
+        };
         let mut errors = Map::new();
         errors.insert("relative".into(), share(self.error, self.energy).into());
-        errors.insert("centred".into(), share(self.error, self.energy - mean_energy).into());
+        if centred > 0.0 || self.error == 0.0 {
+            errors.insert("centred".into(), share(self.error, centred).into());
+        }
         if weighted {
             errors.insert("weighted".into(), share(self.weighted_error, self.weighted_energy).into());
         }
