@@ -702,7 +702,7 @@ FAULTS = [
         "calls with arguments of every sort, public and private",
         "an answer or an exception; no panic, InternalError, SystemError or signal",
         calls,
-        10_000,
+        3_000,
         1_000_000,
         slow=True,
         needs=lambda: None if sys.platform == "linux" else "limits memory as Linux does",
