@@ -227,6 +227,9 @@ impl Codec {
         if !decoder.rows_apart() {
             return Err(Error::shape("the decoder", decoder.form(), "a form whose rows stand apart"));
         }
+        if decoder.row_bytes() == 0 {
+            return Err(Error::shape("the decoder", decoder.form(), "a form that keeps codes"));
+        }
         Ok(Codec { kind, quantizer: kind.make(parameters)?, decoder, n_iter: 0, notes: Vec::new() })
     }
 
@@ -388,7 +391,6 @@ impl ErrorSums {
                         *squares += difference * difference;
                     }
                 }
-            }
             }
             Ok(())
         })

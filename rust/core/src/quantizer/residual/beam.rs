@@ -4,7 +4,7 @@
 //! computed for a partial code.
 
 use crate::algo::nearest::{Centroids, Columns};
-use crate::error::{copied, product, reserved, zeros, Result};
+use crate::error::{copied, product, reserved, zeros, Error, Result};
 use crate::kernels::{self, Extension, BEAM_PADDING};
 use crate::matrix::{Matrix, Sample};
 use crate::pool::Context;
@@ -111,6 +111,11 @@ impl Stages {
 
     /// Adds a stage.
     pub(in crate::quantizer) fn push(&mut self, centers: Vec<f32>, ctx: &Context) -> Result<()> {
+        // Books of a decoder that was not made by the fit of its kind.
+        if centers.is_empty() || centers.len() != self.entries * self.dim {
+            let expected = format!("{} entries of {} values in each book", self.entries, self.dim);
+            return Err(Error::shape("the decoder", format!("a book of {} values", centers.len()), expected));
+        }
         let half = |c: &[f32]| (c.iter().map(|v| f64::from(*v) * f64::from(*v)).sum::<f64>() / 2.0) as f32;
         let padding = [f32::NAN; BEAM_PADDING];
         self.half_norms.push(centers.chunks(self.dim).map(half).chain(padding).collect());

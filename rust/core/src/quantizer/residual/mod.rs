@@ -158,11 +158,9 @@ pub(super) fn stages_of(decoder: &Decoder, ctx: &Context) -> Result<(Stages, u32
     let Decoder::Books(books) = decoder else {
         return Err(Error::shape("the decoder", decoder.form(), "the form books"));
     };
-    let mut stages = Stages::new(books.dim(), 0);
-    for (_, width, entries) in books.books() {
-        stages.entries = entries.len() / width;
-        stages.push(entries, ctx)?;
-    }
+    let books_of = books.books();
+    let mut stages = Stages::new(books.dim(), books_of.first().map_or(0, |(_, width, entries)| entries.len() / width));
+    books_of.into_iter().try_for_each(|(_, _, entries)| stages.push(entries, ctx))?;
     Ok((stages, books.bits()))
 }
 
