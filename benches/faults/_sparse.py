@@ -107,9 +107,8 @@ def zeros_64(seeds: Words) -> Words:
             state = scrambled(state + line, key)
         state = state + last + added(nothing, nothing, words_at(secret, 121))
         keys = np.ascontiguousarray(secret[:, 11:75]).view("<u8")
-        total = np.uint64(BLOCK * PRIME64[0] & MASK) + folded(
-            state[:, ::2] ^ keys[:, ::2], state[:, 1::2] ^ keys[:, 1::2]
-        )
+        total = np.uint64(BLOCK * PRIME64[0] & MASK)
+        total = total + folded(state[:, ::2] ^ keys[:, ::2], state[:, 1::2] ^ keys[:, 1::2])
         total ^= total >> np.uint64(37)
         total *= np.uint64(0x165667919E3779F9)
     return total ^ total >> np.uint64(32)
@@ -126,7 +125,7 @@ def folded(a: Words, b: Words) -> Words:
 
 
 def grow(path: Path, content: bytes, n_rows: int, known: dict[int, bytes]) -> None:
-    """Writes the table of ``content`` with ``n_rows`` rows of zeros in place of its own, but for those that are ``known``."""
+    """Writes the table of ``content`` with ``n_rows`` rows of zeros in place of its own, but for the ``known`` ones."""
     size, tensors, metadata = layout(content)
     described = json.loads(metadata["vqrs"]) | {"rows": n_rows}
     row_bytes = tensors["codes"]["shape"][1]
