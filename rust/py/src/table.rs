@@ -61,7 +61,7 @@ fn run(
 /// Fails where the table's file was found cut.
 fn intact(table: &table::Table) -> PyResult<()> {
     table.watch();
-    checked(table.intact())
+    short(|| table.intact())
 }
 
 /// Whether all ids are rows; `Some` with negative ones counted from the end, where that is allowed and there were any.
