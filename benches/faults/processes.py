@@ -15,6 +15,7 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable
 from multiprocessing import connection
 from pathlib import Path
@@ -327,9 +328,8 @@ ALLOWED = (
     "DeprecationWarning: This process",
     "self.pid = os.fork()",
     "child = os.fork()",
-    "This DataLoader will create",
 )
-"""Python's own note that there are threads in a process that forks, which it makes of any thread; torch's of cores."""
+"""Python's own note that there are threads in a process that forks, which it makes of any thread."""
 
 
 def injected(count: int, random: np.random.Generator, folder: Path, server: str, starts: list[str]) -> Outcome:
@@ -371,6 +371,7 @@ def main() -> None:
     parser.add_argument("--start", default="fork")
     parser.add_argument("--used", action="store_true")
     arguments = parser.parse_args()
+    warnings.filterwarnings("ignore", "This DataLoader will create")  # torch's note of machines with few cores
     SERVERS[arguments.server](arguments.path, arguments.count, arguments.used, arguments.start)
 
 

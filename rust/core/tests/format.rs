@@ -558,7 +558,6 @@ fn a_file_that_is_cut_while_mapped_does_not_end_the_process() {
         let sound = open(&other.path).unwrap();
         let codes = file.codes();
         fs::File::options().write(true).open(&place.path).unwrap().set_len(keep).unwrap();
-        assert!(!file.damaged());
         let wrong = codes.bytes().iter().zip(&sample.codes).filter(|(a, b)| a != b).count();
         assert!(wrong > 0 && file.damaged());
         assert_eq!(codes.bytes().last(), Some(&0));

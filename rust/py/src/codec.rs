@@ -1,7 +1,7 @@
 //! Class `Codec`: one for all quantizers.
 
 use crate::array::{checked, from_json, matrix, rows, tensors, tensors_from, to_json};
-use crate::call::{detached, long};
+use crate::call::{detached, long, short};
 use numpy::{PyArray2, PyReadonlyArray1, PyReadonlyArray2};
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
@@ -35,7 +35,7 @@ pub fn kinds(py: Python<'_>) -> PyResult<Bound<'_, PyList>> {
         let dict = PyDict::new(py);
         dict.set_item("name", kind.name)?;
         dict.set_item("about", kind.about)?;
-        dict.set_item("form", checked(quantizer.blank(1, 1))?.form())?;
+        dict.set_item("form", short(|| quantizer.blank(1, 1))?.form())?;
         dict.set_item("parameters", from_json(py, &Value::Object(quantizer.parameters()))?)?;
         list.append(dict)?;
     }
@@ -49,7 +49,8 @@ pub fn estimate(kind: &str, parameters: &Bound<'_, PyAny>, n_rows: i64, n_featur
         usize::try_from(size).map_err(|_| crate::error::to_py(Error::parameter(name, size, "must be at least 1")))
     };
     let (n_rows, n_features) = (size("n_rows", n_rows)?, size("n_features", n_features)?);
-    checked(vqrs_core::stream::estimate(kind, to_json(parameters)?, n_rows, n_features))
+    let parameters = to_json(parameters)?;
+    short(|| vqrs_core::stream::estimate(kind, parameters, n_rows, n_features))
 }
 
 /// Learns from x; returns the codec and the codes of x.
@@ -259,8 +260,10 @@ impl Codec {
         let part =
             |key: &str| object.get(key).and_then(Value::as_object).cloned().ok_or_else(|| bad(format!("no {key}")));
         let kind = object.get("kind").and_then(Value::as_str).ok_or_else(|| bad("no kind".into()))?;
-        let decoder = checked(Decoder::from_parts(part("decoder")?, &tensors_from(tensors)?))?;
-        let mut codec = checked(quantizer::Codec::new(kind, part("parameters")?, decoder))?;
+        let (decoder, tensors) = (part("decoder")?, tensors_from(tensors)?);
+        let decoder = short(|| Decoder::from_parts(decoder, &tensors))?;
+        let parameters = part("parameters")?;
+        let mut codec = short(|| quantizer::Codec::new(kind, parameters, decoder))?;
         codec.n_iter = object.get("n_iter").and_then(Value::as_u64).unwrap_or(0) as usize;
         let notes = object.get("notes").and_then(Value::as_array).cloned().unwrap_or_default();
         codec.notes = notes.iter().filter_map(|n| n.as_str().map(str::to_owned)).collect();

@@ -29,6 +29,9 @@ const SHORT: usize = 1 << 14;
 /// Values above which another thread does the work, so that this one answers Ctrl-C in all of it.
 const LONG: usize = 1 << 24;
 
+/// Most bytes of metadata: they stand in the header, which has no more.
+const MAX_METADATA: usize = 16 << 20;
+
 /// A decoder with its codes, in memory or mapped.
 #[pyclass(frozen, module = "vqrs._core")]
 pub struct Table {
@@ -107,14 +110,22 @@ fn texts(names: &Bound<'_, PyAny>) -> PyResult<Vec<String>> {
 }
 
 fn strings(metadata: Option<&Bound<'_, PyAny>>) -> PyResult<BTreeMap<String, String>> {
-    let mut map = BTreeMap::new();
+    let (mut map, mut size) = (BTreeMap::new(), 0usize);
     for (key, value) in metadata.map(to_json).transpose()?.unwrap_or_default() {
         match value {
-            Value::String(text) => map.insert(key, text),
+            Value::String(text) => {
+                size = size.saturating_add(key.len()).saturating_add(text.len());
+                map.insert(key, text)
+            }
             other => {
                 return Err(PyTypeError::new_err(format!("metadata[{key:?}] is {other}, expected a string")));
             }
         };
+    }
+    // Before it is copied into a description, whose size is known only once it is whole.
+    if size > MAX_METADATA {
+        let expected = "at most 16 MiB: keep long texts beside the table";
+        return Err(to_py(Error::parameter("metadata", format!("{size} bytes"), expected)));
     }
     Ok(map)
 }
@@ -194,7 +205,8 @@ impl Table {
         let part =
             |key: &str| object.get(key).and_then(Value::as_object).cloned().ok_or_else(|| bad(format!("no {key}")));
         let kind = object.get("kind").and_then(Value::as_str).ok_or_else(|| bad("no kind".into()))?;
-        let decoder = checked(Decoder::from_parts(part("decoder")?, &tensors_from(tensors)?))?;
+        let (decoder, tensors) = (part("decoder")?, tensors_from(tensors)?);
+        let decoder = short(|| Decoder::from_parts(decoder, &tensors))?;
         let held = borrow.then(|| address::borrow(codes)).transpose()?;
         let codes = codes.try_readonly()?;
         let (rows, codes) = (codes.as_array().nrows(), codes.as_slice()?);
@@ -227,7 +239,8 @@ impl Table {
         metadata: Option<&Bound<'_, PyAny>>,
     ) -> PyResult<Self> {
         let decoders = codecs.iter().map(|codec| codec.codec.decoder().clone()).collect();
-        let segments = checked(Segments::new(decoders, group_of.as_slice()?))?;
+        let group_of = group_of.as_slice()?;
+        let segments = short(|| Segments::new(decoders, group_of))?;
         // Rounded up to whole rows.
         let mut all = checked(reserved("the codes", segments.code_bytes().checked_add(segments.rows())))?;
         for ((range, decoder), codes) in segments.groups().zip(&codes) {
@@ -250,13 +263,15 @@ impl Table {
     }
 
     fn with_tensors(&self, tensors: &Bound<'_, PyDict>) -> PyResult<Self> {
-        Ok(Table::of(checked(self.get()?.with_tensors(&tensors_from(tensors)?))?))
+        let (table, tensors) = (self.get()?, tensors_from(tensors)?);
+        Ok(Table::of(short(|| table.with_tensors(&tensors))?))
     }
 
     #[pyo3(signature = (names, metadata))]
     fn with_metadata(&self, names: Option<&Bound<'_, PyAny>>, metadata: &Bound<'_, PyAny>) -> PyResult<Self> {
         let names = names.map(texts).transpose()?;
-        Ok(Table::of(checked(self.get()?.with_metadata(names.as_deref(), strings(Some(metadata))?))?))
+        let (table, metadata) = (self.get()?, strings(Some(metadata))?);
+        Ok(Table::of(short(|| table.with_metadata(names.as_deref(), metadata))?))
     }
 
     #[getter]
@@ -286,7 +301,8 @@ impl Table {
 
     #[getter]
     fn nbytes(&self) -> PyResult<u64> {
-        checked(self.get()?.nbytes())
+        let table = self.get()?;
+        short(|| table.nbytes())
     }
 
     #[getter]
@@ -315,11 +331,13 @@ impl Table {
     }
 
     fn names(&self) -> PyResult<Option<Vec<String>>> {
-        checked(self.get()?.names())
+        let table = self.get()?;
+        short(|| table.names())
     }
 
     fn find(&self, name: &str) -> PyResult<Option<usize>> {
-        checked(self.get()?.find(name))
+        let table = self.get()?;
+        short(|| table.find(name))
     }
 
     fn codec(&self) -> PyResult<Codec> {
@@ -329,8 +347,8 @@ impl Table {
             let text = "a table of groups has a codec for each of them and none for all: encode with the quantizer";
             return Err(PyValueError::new_err(text));
         }
-        let codec = quantizer::Codec::new(&about.kind, about.parameters.clone(), checked(table.own_decoder())?);
-        Ok(Codec::new(checked(codec)?, self.relative_error()?))
+        let codec = short(|| quantizer::Codec::new(&about.kind, about.parameters.clone(), table.own_decoder()?))?;
+        Ok(Codec::new(codec, self.relative_error()?))
     }
 
     fn info(&self) -> PyResult<String> {
@@ -568,9 +586,9 @@ impl TableWriter {
         let names = names.map(texts).transpose()?;
         let dim = codec.codec.decoder().dim();
         let path: &Path = &path;
-        let writer =
-            stream::TableWriter::create(path, codec.codec.clone(), names.as_deref(), strings(metadata)?, durable);
-        Ok(TableWriter { inner: Mutex::new(Some(checked(writer)?)), dim })
+        let metadata = strings(metadata)?;
+        let create = || stream::TableWriter::create(path, codec.codec.clone(), names.as_deref(), metadata, durable);
+        Ok(TableWriter { inner: Mutex::new(Some(short(create)?)), dim })
     }
 
     #[pyo3(signature = (x, *, sample_weight=None, n_jobs=None, progress=None))]

@@ -243,10 +243,15 @@ impl Form for Segments {
                 if positions.is_empty() {
                     continue;
                 }
-                let ids: Vec<i64> = positions.iter().map(|position| places[*position].1 as i64).collect();
+                // A map that was cut while mapped reads as zeros, which may name more rows of a group than it has.
+                let last = group.rows.saturating_sub(1);
+                let ids: Vec<i64> = positions.iter().map(|position| places[*position].1.min(last) as i64).collect();
                 let codes = &rows.codes[group.start..group.start + group.rows * group.decoder.row_bytes()];
+                values.clear();
                 values.resize(positions.len() * self.dim, 0f32);
-                group.decoder.decode(codes, Ids::I64(&ids), &mut values);
+                if group.rows > 0 {
+                    group.decoder.decode(codes, Ids::I64(&ids), &mut values);
+                }
                 for (position, values) in positions.into_iter().zip(values.chunks(self.dim)) {
                     out[position * self.dim..(position + 1) * self.dim].copy_from_slice(values);
                 }
