@@ -309,7 +309,7 @@ def mended_often(folder: Path) -> None:
 
 
 def by_faulthandler() -> str:
-    faulthandler.enable()
+    faulthandler.enable(2)  # not sys.stderr, which a test runner may hold
     return "Fatal Python error: Bus error"
 
 
