@@ -44,7 +44,10 @@ def _parse_text(text: str) -> int:
     unit = _UNITS.get(found[2].lower()) if found else None
     if found is None or unit is None:
         raise ValueError(f"cannot read {text!r} as a number of bytes: write for example 4096, '64MiB' or '1.5GB'")
-    return int(float(found[1]) * unit)
+    number = float(found[1]) * unit
+    if number > 1 << 63:
+        raise ValueError(f"{text!r} is more than any machine holds")
+    return int(number)
 
 
 def format_bytes(n_bytes: float) -> str:

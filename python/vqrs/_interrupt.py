@@ -29,16 +29,23 @@ def interruptible(work: Callable[..., T], *arguments: object) -> T:
     if threading.current_thread() is not threading.main_thread():
         return work(*arguments)
     result: Future[T] = Future()
-
-    def run() -> None:
-        try:
-            result.set_result(context.run(work, *arguments))
-        except BaseException as error:
-            result.set_exception(error)
-
-    context = contextvars.copy_context()
+    parts = (result, contextvars.copy_context(), work, arguments)
     try:
-        threading.Thread(target=run, name="vqrs-numpy", daemon=True).start()
+        threading.Thread(target=_run, args=parts, name="vqrs-numpy", daemon=True).start()
     except RuntimeError:  # the system starts no thread
         return work(*arguments)
-    return result.result()
+    try:
+        return result.result()
+    finally:
+        del result, parts  # an error's traceback would else keep the arguments
+
+
+def _run(
+    result: Future[T], context: contextvars.Context, work: Callable[..., T], arguments: tuple[object, ...]
+) -> None:
+    try:
+        result.set_result(context.run(work, *arguments))
+    except BaseException as error:
+        result.set_exception(error)
+    finally:
+        del result, arguments

@@ -103,7 +103,12 @@ def as_weights(sample_weight: ArrayLike | None, n_rows: int) -> NDArray[np.float
     if sample_weight is None:
         return None
     if isinstance(sample_weight, Number):
-        return np.full(n_rows, sample_weight, dtype=np.float64)
+        try:
+            return np.full(n_rows, sample_weight, dtype=np.float64)
+        except OverflowError as error:
+            raise ValueError(
+                "sample_weight is a number beyond float64: weights matter only by their ratios."
+            ) from error
     weights = as_array(sample_weight, "sample_weight")
     if weights.ndim != 1:
         raise ValueError(
@@ -210,7 +215,10 @@ def as_array(values: Any, name: str = "X") -> NDArray[Any]:
     """
     array = _container_to_array(values, name)
     if array.dtype.kind == "O":
-        array = array.astype(np.float64)
+        try:
+            array = array.astype(np.float64)
+        except OverflowError as error:
+            raise ValueError(f"{name} holds a number beyond float64: scale the data down first.") from error
     if array.dtype.kind == "c":
         raise ValueError(f"Complex data not supported: {name} has dtype {array.dtype}.")
     if array.dtype.kind in "US":
@@ -260,7 +268,7 @@ def as_ids(ids: Any, n_rows: int) -> NDArray[Any]:
         array = array.astype(np.int64)  # numpy makes float64 of an empty list
     elif kind not in "iu":
         return _ids_one_by_one(ids, array, n_rows)
-    if array.dtype == np.uint64 and (beyond := array >= n_rows).any():
+    if _may_pass_int64(array) and (beyond := array >= n_rows).any():
         position = int(np.argmax(beyond))
         raise _id_error(int(array.flat[position]), position, n_rows)
     return np.require(array, array.dtype if array.dtype == np.int32 else np.int64, ("C", "A"))
@@ -272,6 +280,8 @@ def _ids_to_array(ids: Any) -> NDArray[Any]:
         raise IndexError(f"ids are masked at position {position}: a row that is not there cannot be looked up")
     try:
         return np.asarray(ids)
+    except RuntimeError as error:  # of torch: sparse, nested, or with a gradient
+        raise IndexError(f"ids of type {type(ids).__name__} are no array of row numbers: {error}") from error
     except (ValueError, OverflowError) as error:
         if not isinstance(ids, (list, tuple)):
             raise IndexError(f"ids of type {type(ids).__name__} are no array of row numbers: {error}") from error
@@ -324,7 +334,12 @@ def _elements(values: Any, array: NDArray[Any]) -> Iterator[Any]:
 
 
 def _plain(value: Any) -> Any:
-    return value.item() if isinstance(value, np.generic) else value
+    # Times become plain numbers, which they must not be taken for.
+    return value.item() if isinstance(value, np.generic) and value.dtype.kind not in "mM" else value
+
+
+def _may_pass_int64(array: NDArray[Any]) -> bool:
+    return array.dtype.kind == "u" and array.dtype.itemsize == 8  # in any order of bytes
 
 
 def _id_error(number: int, position: int, n_rows: int) -> IndexError:
@@ -358,7 +373,7 @@ def as_offsets(offsets: Any) -> NDArray[np.int64]:
             if not 0 <= value.__index__() < 2**63:
                 raise ValueError(f"offsets has a number beyond the ids at position {position}")
         array = np.array([value.__index__() for value in _elements(offsets, array)], np.int64)
-    if array.dtype == np.uint64 and (beyond := array > np.iinfo(np.int64).max).any():
+    if _may_pass_int64(array) and (beyond := array > np.iinfo(np.int64).max).any():
         position = int(np.argmax(beyond))
         raise ValueError(f"offsets has {array[position]} at position {position}, which is beyond the ids")
     return np.require(array, np.int64, ("C", "A"))
@@ -414,7 +429,7 @@ def _container_to_array(values: Any, name: str) -> NDArray[Any]:
 
 def _torch_to_array(tensor: Any, name: str) -> NDArray[Any]:
     torch = sys.modules["torch"]
-    if tensor.layout != torch.strided:
+    if tensor.layout != torch.strided or tensor.is_nested:
         raise TypeError(f"Sparse data was passed for {name}, but dense data is required. Use '{name}.to_dense()'.")
     if tensor.device.type != "cpu":
         raise ValueError(f"{name} is on device {tensor.device}: move it to the CPU with {name}.cpu() first.")
@@ -437,12 +452,14 @@ def _frame_to_array(frame: Any) -> NDArray[Any]:
 
 def _as_float32(array: NDArray[Any], name: str) -> NDArray[np.float32]:
     try:
-        with np.errstate(over="raise"):
-            if array.nbytes > LARGE:
-                return interruptible(np.require, array, np.float32, ["C_CONTIGUOUS", "ALIGNED"])
-            return np.require(array, np.float32, ["C_CONTIGUOUS", "ALIGNED"])
+        return interruptible(_required, array) if array.nbytes > LARGE else _required(array)
     except FloatingPointError:
         raise _overflow_error(array, name) from None
+
+
+def _required(array: NDArray[Any]) -> NDArray[np.float32]:
+    with np.errstate(over="raise"):  # here, because older numpy keeps it for each thread
+        return np.require(array, np.float32, ["C_CONTIGUOUS", "ALIGNED"])
 
 
 def _overflow_error(array: NDArray[Any], name: str) -> ValueError:

@@ -67,9 +67,7 @@ def open(
     ...     print(table.shape, n_bytes == os.path.getsize(path))
     (4, 4) True
     """
-    arguments = os.fsdecode(path), verify, mode
-    whole = verify == "full" or mode == "read"
-    table = Table(interruptible(_core.Table.open, *arguments) if whole else _core.Table.open(*arguments))
+    table = Table(_core.Table.open(os.fsdecode(path), verify, mode))
     table._verify = verify
     return table
 
@@ -482,7 +480,7 @@ class Table:
 
     def _row_numbers(self, ids: Any) -> NDArray[Any]:
         """Row numbers as the compiled module takes them, in the shape that they were given."""
-        large = getattr(ids, "nbytes", 0) > LARGE
+        large = isinstance(ids, np.ndarray) and ids.nbytes > LARGE
         array = interruptible(as_ids, ids, len(self)) if large else as_ids(ids, len(self))
         if array.dtype.kind != "O":
             return array

@@ -3,7 +3,7 @@
 //! Pools are made on first use, one per size, and kept. A forked child is told that it is one ([`forked`]), and sees
 //! that its process number differs, and makes its own: the parent's threads do not exist there.
 
-use crate::error::{product, room, Error, Result};
+use crate::error::{Error, Result};
 use rayon::prelude::*;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
@@ -96,9 +96,12 @@ fn pool(threads: usize) -> Option<&'static rayon::ThreadPool> {
 }
 
 fn start(threads: usize) -> Option<rayon::ThreadPool> {
-    // A thread that finds no memory for its stack ends the process, and each takes a heap of its own.
+    // A thread that finds no place for its stack ends the process, and each takes a heap of its own. Addresses are asked
+    // for, not memory.
+    #[cfg(unix)]
     const THREAD: usize = 68 << 20;
-    room("threads", &[product(&[threads, THREAD])]).ok()?;
+    #[cfg(unix)]
+    memmap2::MmapOptions::new().len(threads.checked_mul(THREAD)?).no_reserve_swap().map_anon().ok()?;
     let builder = rayon::ThreadPoolBuilder::new().num_threads(threads).thread_name(|i| format!("vqrs-{i}"));
     builder.build().ok()
 }

@@ -80,11 +80,16 @@ pub fn search(table: &Table, queries: Matrix, k: usize, metric: Metric, ctx: &Co
     let k = k.min(table.rows());
     // The best rows of each part of the table, for each query, and of all parts together.
     let parts = table.rows().div_ceil(CHUNK_ROWS);
-    let kept = product(&[queries.rows(), parts, k.min(CHUNK_ROWS).next_power_of_two(), 16]);
+    table.watch();
+    let one = match queries.rows() {
+        0 => 0,
+        _ => table.decoder().scorer(queries.row(0), metric).map_or(0, |scorer| 4 * scorer.tables.len()),
+    };
+    let scorers = product(&[queries.rows(), one + 64]);
+    let kept = product(&[queries.rows(), parts, 16 * (k.min(CHUNK_ROWS) + 1).next_power_of_two() + 64]);
     let together = product(&[queries.rows() + 2, k, 16]);
     let scratch = product(&[ctx.threads(), BLOCK_ROWS, table.dim(), 4]);
-    room("a search", &[kept, together, scratch])?;
-    table.watch();
+    room("a search", &[scorers, kept, together, scratch])?;
     let scorers = ctx.map(queries.rows(), |query| Ok(table.decoder().scorer(queries.row(query), metric)))?;
     ctx.stage("search", table.rows() as u64);
     let parts = ctx.map(table.rows().div_ceil(CHUNK_ROWS), |index| {

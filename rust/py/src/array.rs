@@ -6,7 +6,7 @@ use numpy::{
     Element, PyArray1, PyArray2, PyArrayDyn, PyArrayMethods, PyReadonlyArray2, PyReadonlyArrayDyn, PyUntypedArray,
     PyUntypedArrayMethods,
 };
-use pyo3::exceptions::{PyTypeError, PyValueError};
+use pyo3::exceptions::{PyMemoryError, PyTypeError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::pybacked::PyBackedStr;
 use pyo3::types::{PyDict, PyTuple};
@@ -229,6 +229,9 @@ pub enum Rows<'py> {
 /// pages, without which mapping a fresh array would take ten times as long as filling it.
 const LARGE: usize = 1 << 24;
 
+/// Bytes of results from which NumPy makes them, which tells where there is no memory.
+const FRESH: usize = 1 << 20;
+
 impl<'py> Rows<'py> {
     /// `out` checked to be a writable, C-contiguous array of this shape, or a fresh one of `dtype`, float32 by default
     /// and uint16 for bfloat16. `None` if `out` is no array.
@@ -248,7 +251,7 @@ impl<'py> Rows<'py> {
         let dtype = dtype.unwrap_or("float32");
         // Sizes of zero hide others that NumPy refuses, as it does more axes than it knows.
         let bytes = shape.iter().try_fold(4usize, |bytes, size| bytes.checked_mul((*size).max(1)));
-        if bytes.is_none_or(|bytes| bytes > LARGE) || shape.len() > 32 {
+        if bytes.is_none_or(|bytes| bytes > FRESH) || shape.len() > 32 {
             let name = if dtype == "bfloat16" { "uint16" } else { dtype };
             let array = py.import("numpy")?.call_method1("empty", (shape, name))?;
             return Rows::given(array.cast()?, shape, Some(dtype));
@@ -256,13 +259,16 @@ impl<'py> Rows<'py> {
         let shape = IxDyn(shape);
         // SAFETY: numbers have no invalid bit patterns, and every caller fills the whole array before it is returned (an
         // error drops it).
-        Ok(unsafe {
+        let new = || unsafe {
             match dtype {
                 "float16" => Rows::F16(PyArrayDyn::new(py, shape, false)),
                 "bfloat16" => Rows::Bf16(PyArrayDyn::new(py, shape, false)),
                 _ => Rows::F32(PyArrayDyn::new(py, shape, false)),
             }
-        })
+        };
+        // Where there is no memory even for these, the binding panics.
+        let made = std::panic::catch_unwind(std::panic::AssertUnwindSafe(new));
+        made.map_err(|_| PyErr::take(py).unwrap_or_else(|| PyMemoryError::new_err("no memory for the rows")))
     }
 
     fn given(out: &Bound<'py, PyUntypedArray>, shape: &[usize], dtype: Option<&str>) -> PyResult<Self> {

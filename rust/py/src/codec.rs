@@ -1,7 +1,7 @@
 //! Class `Codec`: one for all quantizers.
 
 use crate::array::{checked, from_json, matrix, rows, tensors, tensors_from, to_json};
-use crate::call::{detached, long, short};
+use crate::call::{long, short};
 use numpy::{PyArray2, PyReadonlyArray1, PyReadonlyArray2};
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
@@ -109,8 +109,9 @@ pub fn check_rows<'py>(
 ) -> PyResult<()> {
     let x = matrix(&x)?;
     let weights = sample_weight.as_ref().map(|w| w.as_slice()).transpose()?;
-    detached(py, || {
-        x.check()?;
+    let ctx = Context::new(None, 0);
+    long(py, &ctx, None, || {
+        x.check_all(&ctx)?;
         weights.map_or(Ok(()), check_weights)
     })
 }

@@ -29,6 +29,10 @@ const SHORT: usize = 1 << 14;
 /// Values above which another thread does the work, so that this one answers Ctrl-C in all of it.
 const LONG: usize = 1 << 24;
 
+/// Names between two looks at whether there is memory for as many more, and the bytes that are looked for.
+const NAMES_AT_ONCE: usize = 4096;
+const NAMES_ROOM: usize = 16 << 20;
+
 /// Most bytes of metadata: they stand in the header, which has no more.
 const MAX_METADATA: usize = 16 << 20;
 
@@ -94,19 +98,29 @@ fn pooling(mode: &str) -> PyResult<Pooling> {
 }
 
 /// Names of rows.
-fn texts(names: &Bound<'_, PyAny>) -> PyResult<Vec<String>> {
+fn texts(names: &Bound<'_, PyAny>, most: Option<usize>) -> PyResult<Vec<String>> {
     if names.is_instance_of::<PyString>() {
         return Err(PyTypeError::new_err("names must be a sequence of strings, one a row, not one string"));
     }
-    let text = |(row, name): (usize, PyResult<Bound<'_, PyAny>>)| {
+    let mut all = Vec::new();
+    for (row, name) in names.try_iter()?.enumerate() {
         let name = name?;
+        // Before more are read than there can be, or than there is memory for.
+        if let Some(most) = most.filter(|most| row >= *most) {
+            let expected = format!("one for each of the {most} rows");
+            return Err(to_py(Error::shape("names", format!("more than {most} names"), expected)));
+        }
+        if row % NAMES_AT_ONCE == 0 {
+            checked(reserved::<u8>("names", Some(NAMES_ROOM)))?;
+            checked(all.try_reserve(NAMES_AT_ONCE).map_err(|_| Error::Memory { what: "names", bytes: row * 24 }))?;
+        }
         let text = name.extract::<PyBackedStr>().map_err(|_| {
             let found = name.get_type().name().map_or_else(|_| "something else".into(), |name| name.to_string());
             PyTypeError::new_err(format!("names[{row}] is of type {found}, expected a string"))
         })?;
-        array::text(&text)
-    };
-    names.try_iter()?.enumerate().map(text).collect()
+        all.push(array::text(&text)?);
+    }
+    Ok(all)
 }
 
 fn strings(metadata: Option<&Bound<'_, PyAny>>) -> PyResult<BTreeMap<String, String>> {
@@ -158,7 +172,10 @@ impl Table {
             "read" => Mode::Read,
             other => return Err(to_py(Error::parameter("mode", format!("{other:?}"), "must be mmap or read"))),
         };
-        Ok(Table::of(detached(py, || table::Table::open(&path, verify, mode))?))
+        let ctx = Context::new(None, 0);
+        let open = || table::Table::open_with(&path, verify, mode, &ctx);
+        let whole = verify == Verify::Full || mode == Mode::Read;
+        Ok(Table::of(if whole { long(py, &ctx, None, open)? } else { detached(py, open)? }))
     }
 
     #[staticmethod]
@@ -177,7 +194,7 @@ impl Table {
             let found = format!("{width} bytes a row");
             return Err(to_py(Error::shape("codes", found, format!("{}", codec.decoder().row_bytes()))));
         }
-        let names = names.map(texts).transpose()?;
+        let names = names.map(|names| texts(names, Some(rows))).transpose()?;
         let (codes, errors, metadata) = (codes.as_slice()?, to_json(errors)?, strings(metadata)?);
         let table = detached(py, || {
             let about =
@@ -210,7 +227,7 @@ impl Table {
         let held = borrow.then(|| address::borrow(codes)).transpose()?;
         let codes = codes.try_readonly()?;
         let (rows, codes) = (codes.as_array().nrows(), codes.as_slice()?);
-        let (names, metadata) = (names.map(texts).transpose()?, strings(metadata)?);
+        let (names, metadata) = (names.map(|names| texts(names, Some(rows))).transpose()?, strings(metadata)?);
         let about = About {
             kind: kind.into(),
             parameters: part("parameters")?,
@@ -252,7 +269,7 @@ impl Table {
         }
         let (rows, decoder) = (segments.rows(), Decoder::Segments(segments));
         all.resize(rows * decoder.row_bytes(), 0);
-        let names = names.map(texts).transpose()?;
+        let names = names.map(|names| texts(names, Some(rows))).transpose()?;
         let (errors, metadata) = (to_json(errors)?, strings(metadata)?);
         let about = About { kind: kind.into(), parameters: to_json(parameters)?, errors, metadata: metadata.clone() };
         let table = detached(py, || {
@@ -269,8 +286,8 @@ impl Table {
 
     #[pyo3(signature = (names, metadata))]
     fn with_metadata(&self, names: Option<&Bound<'_, PyAny>>, metadata: &Bound<'_, PyAny>) -> PyResult<Self> {
-        let names = names.map(texts).transpose()?;
         let (table, metadata) = (self.get()?, strings(Some(metadata))?);
+        let names = names.map(|names| texts(names, Some(table.rows()))).transpose()?;
         Ok(Table::of(short(|| table.with_metadata(names.as_deref(), metadata))?))
     }
 
@@ -583,7 +600,7 @@ impl TableWriter {
         metadata: Option<&Bound<'_, PyAny>>,
         durable: bool,
     ) -> PyResult<Self> {
-        let names = names.map(texts).transpose()?;
+        let names = names.map(|names| texts(names, None)).transpose()?;
         let dim = codec.codec.decoder().dim();
         let path: &Path = &path;
         let metadata = strings(metadata)?;

@@ -11,7 +11,7 @@ use crate::pool::Context;
 use crate::rng::Rng;
 
 /// Directions in the first step; each step has [`GROWTH`] times as many.
-const FIRST: usize = 16;
+pub(super) const FIRST: usize = 16;
 const GROWTH: usize = 4;
 
 /// The most directions of a step.
@@ -22,7 +22,7 @@ const STEP_ITERATIONS: usize = 10;
 
 /// Rows per centre that are looked at, and values of their projections at most.
 pub(super) const ROWS_PER_CENTER: usize = 256;
-const MOST_VALUES: usize = 1 << 26;
+pub(super) const MOST_VALUES: usize = 1 << 26;
 
 /// Columns whose covariance is still worth its memory, 256 MiB.
 const MOST_COLUMNS: usize = 8192;

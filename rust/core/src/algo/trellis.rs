@@ -152,8 +152,13 @@ impl Layout {
         /// One for each number of state bits and of tables: decoders share them.
         static FOUND: [[OnceLock<Arc<[f32]>>; TABLES + 1]; MOST_STATE_BITS as usize + 1] =
             [const { [const { OnceLock::new() }; TABLES + 1] }; MOST_STATE_BITS as usize + 1];
-        let make = || (0..self.tables).flat_map(|table| levels(self.state_bits, table)).collect();
-        FOUND[self.state_bits as usize][self.tables].get_or_init(make).clone()
+        let found = &FOUND[self.state_bits as usize][self.tables];
+        if let Some(levels) = found.get() {
+            return levels.clone();
+        }
+        // Made outside of the lock, which a process that is forked meanwhile would wait for.
+        let made = (0..self.tables).flat_map(|table| levels(self.state_bits, table)).collect();
+        found.get_or_init(|| made).clone()
     }
 }
 

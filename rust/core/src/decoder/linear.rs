@@ -138,14 +138,19 @@ impl LinearMap {
     }
 
     fn turn(&self) -> &Turn {
-        self.turned.get_or_init(|| match (&self.rotation, self.matrix()) {
+        if let Some(turn) = self.turned.get() {
+            return turn;
+        }
+        // Made outside of the lock, which a process that is forked meanwhile would wait for.
+        let turn = match (&self.rotation, self.matrix()) {
             (Rotation::Hadamard { seed, rounds }, _) => Turn::Hadamard(Hadamard::new(self.dim, *seed, *rounds)),
             (_, Some(matrix)) => {
                 let back = Projection::new(&transpose(&matrix, self.dim), self.width);
                 Turn::Matrix(Projection::new(&matrix, self.dim), back)
             }
             _ => Turn::None,
-        })
+        };
+        self.turned.get_or_init(|| turn)
     }
 
     /// Rows without their mean, turned; on the calling thread.

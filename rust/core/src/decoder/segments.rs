@@ -182,7 +182,14 @@ impl Segments {
             unreachable!("row {row} of {}", self.rows);
         };
         let width = map_bits(self.groups.len());
-        let ranks = self.ranks.get_or_init(|| self.count_ranks());
+        // Counted outside of the lock, which a process that is forked meanwhile would wait for.
+        let ranks = match self.ranks.get() {
+            Some(ranks) => ranks,
+            None => {
+                let counted = self.count_ranks();
+                self.ranks.get_or_init(|| counted)
+            }
+        };
         let codes = map.data.bytes();
         let group = bits::get(codes, width, row);
         let block = row / RANK_ROWS;

@@ -39,10 +39,10 @@ pub(super) fn split(dim: usize, parts: usize) -> Vec<(usize, usize)> {
 }
 
 /// A copy of some columns: clustering reads them many times, and row by row they would be far apart.
-pub(super) fn gathered(rows: Matrix, start: usize, width: usize) -> Vec<f32> {
-    let mut part = Vec::with_capacity(rows.rows() * width);
+pub(super) fn gathered(rows: Matrix, start: usize, width: usize) -> Result<Vec<f32>> {
+    let mut part = reserved("a part of the rows", rows.rows().checked_mul(width))?;
     rows.data().chunks_exact(rows.dim()).for_each(|row| part.extend_from_slice(&row[start..start + width]));
-    part
+    Ok(part)
 }
 
 /// Rows that a rotation is learned from: so many for each entry and for each column, but not more than the last.
@@ -97,7 +97,7 @@ impl ProductQuantizer {
         let parts = split(rows.dim(), self.parts(rows.dim()));
         let cluster = |number: usize, ctx: &Context| {
             let (start, width) = parts[number];
-            let part = gathered(rows, start, width);
+            let part = gathered(rows, start, width)?;
             let ctx = ctx.with_seed(ctx.seed.wrapping_add(number as u64));
             cluster(number, Columns::contiguous(&part, width), &ctx)
         };

@@ -95,7 +95,7 @@ impl ProductResidualQuantizer {
         let (places, residual) = (split(data.dim(), parts), self.residual());
         let learn = |number: usize, ctx: &Context| {
             let (start, width) = places[number];
-            let part = gathered(data.rows, start, width);
+            let part = gathered(data.rows, start, width)?;
             let part = Sample { rows: Matrix::new(&part, width)?, weights: data.weights };
             residual.learn(part, &ctx.with_seed(ctx.seed.wrapping_add(number as u64)))
         };
@@ -170,7 +170,7 @@ impl Quantizer for ProductResidualQuantizer {
         Ok(Box::new(move |rows: Matrix, out: &mut [u8]| {
             let mut found = Vec::with_capacity(parts.len());
             for (start, stages) in &parts {
-                let part = gathered(rows, *start, stages.dim);
+                let part = gathered(rows, *start, stages.dim)?;
                 let mut beams = Beams::new(rows.rows());
                 stages.extend_all(Matrix::new(&part, stages.dim)?, &mut beams, self.beam_width, &ctx)?;
                 found.push(beams);

@@ -138,6 +138,11 @@ impl File {
     /// Opens a table. The header, its agreement with the file's length, the footer and the blocks that hold decoder
     /// tensors are checked, and with [`Verify::Full`] everything.
     pub fn open(path: &Path, verify: Verify, mode: Mode) -> Result<File> {
+        File::open_with(path, verify, mode, &Context::default())
+    }
+
+    /// [`File::open`] in a context, which can be cancelled.
+    pub fn open_with(path: &Path, verify: Verify, mode: Mode, ctx: &Context) -> Result<File> {
         let mut source = Source::open(path)?;
         let length = source.len();
         let (mapping, header) = match source.map(mode)? {
@@ -159,7 +164,7 @@ impl File {
                     &source.part(blocks.start, blocks.len())?,
                     &source.part(length - FOOTER, FOOTER)?,
                 )?;
-                (source.read(&start)?, header)
+                (source.read(&start, ctx)?, header)
             }
         };
         check_end(path, &mapping.bytes()[length - FOOTER..], length as u64)?;
@@ -177,7 +182,7 @@ impl File {
         }
         file.tensors = file.decoder_entries().map(|entry| file.tensor(entry)).collect::<Result<_>>()?;
         if verify == Verify::Full {
-            file.verify(&Context::default())?;
+            file.verify(ctx)?;
         }
         Ok(file)
     }

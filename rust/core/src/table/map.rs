@@ -6,6 +6,7 @@
 //! Handlers that others install later stand over ours, so each call that reads looks whether it still comes first.
 
 use crate::error::{Error, Result};
+use crate::pool::Context;
 use crate::tensor::Bytes;
 use memmap2::{MmapMut, MmapOptions};
 use std::fs::File;
@@ -40,7 +41,7 @@ impl Mapping {
         let mut source = Source::open(path)?;
         match source.map(mode)? {
             Some(mapping) => Ok(mapping),
-            None => source.read(&[]),
+            None => source.read(&[], &Context::default()),
         }
     }
 
@@ -179,7 +180,7 @@ impl<'a> Source<'a> {
     }
 
     /// Reads the whole file, which must start with `start`: bytes that were looked at before.
-    pub fn read(&mut self, start: &[u8]) -> Result<Mapping> {
+    pub fn read(&mut self, start: &[u8], ctx: &Context) -> Result<Mapping> {
         let (len, path) = (self.len, self.path);
         let io = |e| Error::io(path, e);
         self.check_memory()?;
@@ -191,6 +192,7 @@ impl<'a> Source<'a> {
         retried(|| self.file.seek(io::SeekFrom::Start(0))).map_err(io)?;
         let mut done = 0;
         while done < len {
+            ctx.check()?;
             let end = len.min(done + CHUNK);
             match self.file.read(&mut map[done..end]) {
                 Ok(0) => return Err(changed(path, done, len)),

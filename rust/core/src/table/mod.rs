@@ -116,7 +116,12 @@ impl Table {
 
     /// Opens a table file.
     pub fn open(path: &Path, verify: Verify, mode: Mode) -> Result<Self> {
-        let mut file = File::open(path, verify, mode)?;
+        Table::open_with(path, verify, mode, &Context::default())
+    }
+
+    /// [`Table::open`] in a context, which can be cancelled.
+    pub fn open_with(path: &Path, verify: Verify, mode: Mode, ctx: &Context) -> Result<Self> {
+        let mut file = File::open_with(path, verify, mode, ctx)?;
         let wrong = |why: String| Error::corrupt(path, why);
         let (mut description, metadata) = file.take_texts();
         let dim = description.get("dim").and_then(Value::as_u64);
@@ -153,7 +158,7 @@ impl Table {
         table.file = Some(Arc::new(file));
         (table.names, table.as_in_file) = (Arc::default(), true);
         if verify == Verify::Full {
-            table.check_scales(&Context::default())?;
+            table.check_scales(ctx)?;
         }
         Ok(table)
     }

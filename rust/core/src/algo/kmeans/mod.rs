@@ -203,7 +203,8 @@ impl<'a> KMeans<'a> {
         const OF_ROW: usize = 64;
         const OF_CENTER: usize = 40;
         let copied = if self.metric == Metric::Cosine { x.rows() } else { self.max_samples.unwrap_or(0).min(x.rows()) };
-        let sampled = self.n_clusters.saturating_mul(progressive::ROWS_PER_CENTER).min(x.rows());
+        let most = progressive::MOST_VALUES / progressive::FIRST;
+        let sampled = self.n_clusters.saturating_mul(progressive::ROWS_PER_CENTER).min(x.rows()).min(most);
         let of_rows = product(&[x.rows(), OF_ROW])?;
         let of_copies = product(&[copied.checked_add(sampled)?, x.width(), 4])?;
         of_rows.checked_add(of_copies)?.checked_add(product(&[self.n_clusters, x.width(), OF_CENTER])?)
