@@ -1,5 +1,6 @@
 """What callers pass to estimators (R16): every value, dtype, stride and container that can be met, and weights."""
 
+import collections
 import contextlib
 import importlib.util
 import itertools
@@ -383,6 +384,10 @@ def only_documented(what: str, problems: list[str]) -> Iterator[None]:
         problems.append(f"{what}: {type(error).__name__}: {error}")
 
 
+FITTED: collections.Counter[str] = collections.Counter()
+"""Examples that were fitted: a library that refuses all inputs would hold every promise."""
+
+
 def check(draw: Draw, kind: str) -> list[str]:
     """One example; what did not hold."""
     from sklearn.exceptions import ConvergenceWarning
@@ -402,6 +407,7 @@ def check(draw: Draw, kind: str) -> list[str]:
             estimator.fit(x, sample_weight=sample_weight)
             fitted = True
         if fitted:
+            FITTED[kind] += 1
             finite("attributes", attributes(estimator), problems)
             use = use_clusters if kind == "KMeans" else use_codes
             use(draw, estimator, x, sample_weight, problems)
@@ -505,12 +511,15 @@ def fits(count: int, random: np.random.Generator, folder: Path) -> Outcome:
     """As many of each kind."""
     import sklearn
 
+    FITTED.clear()
     outcome, each = Outcome(), -(-count // len(kinds()))
     backend = through_hypothesis if importlib.util.find_spec("hypothesis") else through_numpy
     # The estimators' own checks of parameters take longer than a fit of so few rows; they are tested elsewhere.
     with sklearn.config_context(skip_parameter_validation=True):
         for kind in kinds():
             backend(kind, each, int(random.integers(2**32)), outcome)
+    for kind in kinds():
+        outcome.add(FITTED[kind] >= each // 25, f"{kind}: only {FITTED[kind]} of {each} examples could be fitted")
     outcome.note = f"{len(kinds())} kinds, {each:,} examples each, {backend.__name__.replace('_', ' ')}"
     return outcome
 
