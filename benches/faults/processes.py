@@ -13,6 +13,7 @@ import resource
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import warnings
@@ -335,11 +336,17 @@ ALLOWED = (
 
 def injected(count: int, random: np.random.Generator, folder: Path, server: str, starts: list[str]) -> Outcome:
     """Runs servers; each answer is an injection, and whatever stands on their stderr is a failure."""
+    # Not in the folder of this run, which may be private: some children belong to another user.
+    with tempfile.TemporaryDirectory(prefix="vqrs-faults-") as public:
+        Path(public).chmod(0o755)
+        return of_servers(count, random, Path(public), server, starts)
+
+
+def of_servers(count: int, random: np.random.Generator, folder: Path, server: str, starts: list[str]) -> Outcome:
     outcome, path = Outcome(), folder / "rows.safetensors"
     x = random.standard_normal((N_ROWS, DIM), dtype=np.float32)
     vqrs.compress(x, method="scalar", dtype="int8", path=path)
     path.chmod(0o644)
-    folder.chmod(0o755)
     parts = [(start, used) for start in starts for used in (False, True)]
     for place, (start, used) in enumerate(parts):
         share = count // len(parts) + (place < count % len(parts))
