@@ -264,19 +264,21 @@ class _TableModule(nn.Module):
         if not self.trainable:
             return self._table
         core = self._table._core
-        old_codes = _as_tensor(core.codes())
-        tensors, codes = self.decoder.stored_values(old_codes)
-        if codes is not old_codes:
-            core = _core.Table.from_parts(
-                core.info(),
-                core.tensors(),
-                codes.numpy(),
-                errors={"relative": math.nan},
-                names=core.names(),
-                metadata=core.metadata,
-            )
-        core = core.with_tensors(as_arrays(tensors)) if tensors else core
-        self._notice_cuts()
+        try:
+            old_codes = _as_tensor(core.codes())
+            tensors, codes = self.decoder.stored_values(old_codes)
+            if codes is not old_codes:
+                core = _core.Table.from_parts(
+                    core.info(),
+                    core.tensors(),
+                    codes.numpy(),
+                    errors={"relative": math.nan},
+                    names=core.names(),
+                    metadata=core.metadata,
+                )
+            core = core.with_tensors(as_arrays(tensors)) if tensors else core
+        finally:
+            self._notice_cuts()  # the cause of other errors, whose place its own takes
         return vqrs.Table(core)
 
     def extra_repr(self) -> str:
