@@ -275,6 +275,8 @@ def interrupted(call, again, left: Path, delay: float) -> dict:
     if not text:
         return {"outcome": f"ended with {os.waitstatus_to_exitcode(status)} and no answer"}
     answer = json.loads(text.splitlines()[-1])
+    if "at" not in answer:  # the signal came just before the call, or just behind it
+        return {"outcome": "finished"}
     answer["seconds"] = answer.pop("at") - sent
     answer["cpu"] -= cpu
     answer["left"] = sorted(path.name for path in left.iterdir() if not whole(path))
