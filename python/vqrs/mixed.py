@@ -454,7 +454,8 @@ def _classes(importance: NDArray[np.float64]) -> NDArray[np.int64]:
     positive = importance[importance > 0]
     if not len(positive):
         return np.array([0, len(importance)])
-    logs = np.log2(np.maximum(importance, positive[-1] / 2))
+    least = max(positive[-1] / 2, np.finfo(np.float64).smallest_subnormal)
+    logs = np.log2(np.maximum(importance, least))
     edges = np.linspace(logs[0], logs[-1], CLASSES + 1)[1:-1]
     return np.unique([0, *np.searchsorted(-logs, -edges, "right"), len(importance)])
 

@@ -22,6 +22,8 @@ onnxruntime = pytest.importorskip("onnxruntime", reason="running an exported mod
 GOLDEN = {path.stem: path for path in sorted((Path(__file__).parents[1] / "data").glob("*.safetensors"))}
 COMPUTED = {name: GOLDEN.pop(name) for name in list(GOLDEN) if name.startswith(("hashed", "switch"))}
 """Tables whose rows are computed from their numbers, in 64 bits."""
+GROUPS = {name: GOLDEN.pop(name) for name in list(GOLDEN) if name.startswith("segments")}
+"""Tables of groups of rows, which are refused: a test below says with which words."""
 N_ROWS, DIM = 3000, 32
 
 

@@ -20,7 +20,7 @@ from vqrs.torch.forms import FORMS
 
 GOLDEN = sorted((Path(__file__).parents[1] / "data").glob("*.safetensors"))
 """A table of 20 rows and 5 columns of every form and layout."""
-WITHOUT_PARAMETERS = "levels-bfloat16-v1", "levels-float16-v1", "hashed-types-v1"
+WITHOUT_PARAMETERS = "levels-bfloat16-v1", "levels-float16-v1", "hashed-types-v1", "segments-map-v1"
 
 
 def make_rows(n_rows: int = 300, dim: int = 13, seed: int = 7) -> torch.Tensor:
